@@ -1,0 +1,1 @@
+"""Tests of the policies and the decision client against a real OPA."""

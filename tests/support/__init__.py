@@ -1,0 +1,1 @@
+"""What tests share: real servers, clients, sinks and scripted doubles."""
