@@ -1,0 +1,157 @@
+"""Everything that can go wrong, on one page.
+
+::
+
+    SidecarError                 code: stable, snake_case; metric label, log field and reason code
+    ├── ConfigError              the operator's to mend; exit 125; lists every problem at once
+    │   └── NotSupported         asked for, known to us, not built (yet); exit 125
+    ├── PolicyUnusable           the own OPA or its policy can not be used at start; exit 126
+    ├── ProtocolError            the peer's fault; answered, never forwarded
+    │   ├── MalformedMessage     not JSON-RPC, or JSON that two parsers may read differently
+    │   ├── HeaderMismatch       an HTTP header says something else than the body
+    │   └── UnknownMethod        not in the table of methods and not declared
+    ├── Overloaded               too many calls in flight
+    ├── DecisionError            no usable answer: a deny
+    │   ├── DecisionUnavailable  OPA not reached, late, or failing: may be tried again
+    │   └── DecisionInvalid      undefined, wrong shape, evaluation error: asking again won't help
+    ├── AuditError               the record could not be written, so nothing is let through
+    └── UpstreamError            the server refused or died
+        └── UpstreamTimeout      the server did not answer in time
+
+A denial is not an error: it is an outcome (`sidecar.policy.enforcement`).
+Any other exception that reaches a transport is a bug, and is answered as `internal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SidecarError(Exception):
+    """Root of the tree."""
+
+    code = "internal"
+
+
+class ConfigError(SidecarError):
+    """The configuration, or the way the command was called, can not be used."""
+
+    code = "configuration"
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class NotSupported(ConfigError):
+    """Something that this version knows by name and has not built."""
+
+    code = "not_supported"
+
+
+class PolicyUnusable(SidecarError):
+    """OPA could not be started, or the policy folder does not compile."""
+
+    code = "policy_unusable"
+
+
+class ProtocolError(SidecarError):
+    """A message that is answered with an error and goes nowhere.
+
+    `rpc_code` is the JSON-RPC error code, `status` the HTTP status of the answer, and `request_id`
+    the id to echo (None when there is none that both sides read alike).
+    """
+
+    code = "protocol"
+    rpc_code = -32600
+    status = 400
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        request_id: str | int | None = None,
+        rpc_code: int | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+        if rpc_code is not None:
+            self.rpc_code = rpc_code
+        if status is not None:
+            self.status = status
+
+
+class MalformedMessage(ProtocolError):
+    """Bytes that are not one unambiguous JSON-RPC message."""
+
+    code = "malformed_message"
+
+
+class HeaderMismatch(ProtocolError):
+    """`Mcp-*` headers and the body disagree (MCP 2026-07-28, Server Validation)."""
+
+    code = "header_mismatch"
+    rpc_code = -32020
+
+
+class UnknownMethod(ProtocolError):
+    """A method that is not in the table; denied without asking anybody."""
+
+    code = "unknown_method"
+    rpc_code = -32601
+    status = 200
+
+
+class Overloaded(SidecarError):
+    """The bound on calls in flight is reached."""
+
+    code = "too_many_calls"
+
+
+class DecisionError(SidecarError):
+    """No usable decision. `detail` is the stable cause, for spans and logs."""
+
+    code = "policy_error"
+    retryable = False
+
+    def __init__(self, message: str, *, detail: str) -> None:
+        super().__init__(message)
+        self.detail = detail
+
+
+class DecisionUnavailable(DecisionError):
+    """OPA did not answer: `connection_error`, `timeout` or `server_error`."""
+
+    code = "policy_unavailable"
+    retryable = True
+
+
+class DecisionInvalid(DecisionError):
+    """OPA gave no decision: `undefined_decision`, `bad_response` or `evaluation_error`."""
+
+    code = "policy_invalid"
+
+
+class AuditError(SidecarError):
+    """The audit record could not be written."""
+
+    code = "audit_failed"
+
+
+class UpstreamError(SidecarError):
+    """The server's side failed. `sent` says whether a byte had left: then it may have executed."""
+
+    code = "upstream_failed"
+    rpc_code = -31502
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class UpstreamTimeout(UpstreamError):
+    """The server did not answer in time."""
+
+    code = "upstream_timeout"
+    rpc_code = -31504
