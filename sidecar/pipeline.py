@@ -1,0 +1,560 @@
+"""The one place that knows the order: message, operation, input, decision, outcome, record.
+
+A transport hands every message of a `Conversation` to `Pipeline.from_client` or
+`Pipeline.from_server`, and does what the outcome says. `await` stands between a message and its
+outcome only where somebody is asked: OPA, or the server for its catalog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sidecar.conversation import (
+    Ask,
+    Call,
+    Conversation,
+    Decider,
+    End,
+    Origin,
+    Recorder,
+    Ticket,
+    Tracer,
+    decision_id,
+)
+from sidecar.errors import (
+    AuditError,
+    Overloaded,
+    ProtocolError,
+    SidecarError,
+    UnknownMethod,
+    UpstreamError,
+)
+from sidecar.judging import Judge
+from sidecar.learning import learn, observe
+from sidecar.policy import enforcement
+from sidecar.policy.enforcement import (
+    AnswerServer,
+    Deliver,
+    Delivery,
+    Drop,
+    Forward,
+    Outcome,
+    Permitted,
+    Refusal,
+    Reply,
+    Rules,
+)
+from sidecar.protocol.jsonrpc import JsonObject, Message, Notification, Request, Response
+from sidecar.protocol.methods import Direction, Era, Governed, Listing, Method
+from sidecar.protocol.session import Operation, Outstanding, Target
+
+log = logging.getLogger("sidecar.pipeline")
+
+PASSING = frozenset({"ping", "notifications/cancelled", "notifications/progress"})
+"""What does not wait for its turn behind requests that are being decided."""
+
+STREAM = Method("stream", "request", "client", (), Governed.DECISION, "stream")
+UNKNOWN = Method("_OTHER", "request", "both", (), Governed.DECISION)
+
+
+class Pipeline:
+    """Message in, outcome out."""
+
+    def __init__(
+        self,
+        *,
+        decider: Decider,
+        tracer: Tracer,
+        recorders: tuple[Recorder, ...],
+        rules: Rules,
+        version: str,
+        deadline: float = 0.5,
+        listing_deadline: float = 2.0,
+        catalog_wait: float = 2.0,
+        calls_in_flight: int = 1000,
+        pod: Mapping[str, str] | None = None,
+    ) -> None:
+        self._judge = Judge(
+            decider=decider,
+            rules=rules,
+            version=version,
+            deadline=deadline,
+            listing_deadline=listing_deadline,
+            pod=pod or {},
+        )
+        self._tracer = tracer
+        self._recorders = recorders
+        self._rules = rules
+        self._version = version
+        self._catalog_wait = catalog_wait
+        self._limit = calls_in_flight
+        self.in_flight = 0
+
+    async def from_client(
+        self, conversation: Conversation, message: Message, origin: Origin, ask: Ask
+    ) -> tuple[Outcome, Ticket | None, Call | None]:
+        """The outcome of a client's message.
+
+        A `Forward` comes with its call, to be ended when the server answers or can't be reached,
+        and with a ticket, to be released once the bytes have left.
+
+        Raises:
+            ProtocolError: the message is refused before it is anybody's action.
+
+        """
+        if isinstance(message, Response):
+            return self._answer_server(conversation, message), None, None
+        try:
+            operation = conversation.session.receive(message, Direction.FROM_CLIENT)
+        except UnknownMethod as error:
+            return self._unknown(conversation, message, origin, error), None, None
+        call = self._open(conversation, operation, origin)
+        ticket = None if operation.message.method in PASSING else conversation.turn.take()
+        try:
+            outcome = await self._govern(conversation, call, ask)
+            if ticket is not None:
+                await ticket.wait()
+            outcome = self._settle(conversation, call, outcome)
+        except BaseException:
+            self.abandon(conversation, call)
+            if ticket is not None:
+                ticket.release()
+            raise
+        if not isinstance(outcome, Forward) and ticket is not None:
+            ticket.release()
+            ticket = None
+        return outcome, ticket, call
+
+    async def stream(
+        self,
+        conversation: Conversation,
+        action: Literal["open", "resume", "close"],
+        origin: Origin,
+    ) -> Refusal | None:
+        """Ask whether a stream may be opened, resumed or closed; None when it may."""
+        operation = Operation(
+            message=Notification(f"stream/{action}"),
+            method=STREAM,
+            direction=Direction.FROM_CLIENT,
+            era=Era.LEGACY,
+            protocol_version=conversation.session.protocol_version,
+            targets=(Target("stream", action),),
+            session_id=conversation.session.id,
+            client=conversation.session.client,
+        )
+        return await self._ask(conversation, self._open(conversation, operation, origin))
+
+    async def from_server(
+        self, conversation: Conversation, message: Message, origin: Origin
+    ) -> Delivery:
+        """What becomes of a server's message on its way to the client."""
+        if isinstance(message, Response):
+            return await self._answer_client(conversation, message)
+        try:
+            operation = conversation.session.receive(message, Direction.FROM_SERVER)
+        except SidecarError as error:
+            return self._refuse_server(conversation, message, origin, error)
+        if operation.method.governed is Governed.TABLE:
+            return self._pass_from_server(conversation, operation, origin)
+        return await self._question(conversation, operation, origin)
+
+    def upstream_failed(
+        self, conversation: Conversation, call: Call, error: UpstreamError
+    ) -> Response | None:
+        """End a forwarded call that the server will not answer; the reply for its caller."""
+        self._forget(conversation, call)
+        refusal = enforcement.refusal_of(error)
+        call.reasons = refusal.reasons
+        self.finish(call, "upstream_error", (refusal.rpc_code, str(error)))
+        return enforcement.reply(call.operation, refusal, call.decision_id, self._rules)
+
+    def abandon(self, conversation: Conversation, call: Call) -> None:
+        """The client went away, or took its request back: what happened is recorded."""
+        waits = conversation.calls.get(call.request_id) is call
+        if conversation.lasting and call.forwarded and call.request_id is not None and waits:
+            conversation.calls.abandon(call.request_id)
+        self._forget(conversation, call)
+        self.finish(call, "cancelled")
+
+    def close(self, conversation: Conversation) -> None:
+        """The conversation is over: nothing that it waits for will come."""
+        for call in (*conversation.calls.drain(), *conversation.server_calls.drain()):
+            self.finish(call, "cancelled")
+
+    def malformed(self, error: ProtocolError) -> None:
+        """Note a message that was refused before it was anybody's action."""
+        log.warning("refused a message: %s", error)
+        self._tracer.malformed(error.code)
+
+    def finish(self, call: Call, outcome: End, rpc_error: tuple[int, str] | None = None) -> None:
+        """Write down the end of a call, once; only the first end counts."""
+        if call.outcome is not None:
+            return
+        call.outcome, call.rpc_error, call.finished = outcome, rpc_error, time.time_ns()
+        self.in_flight -= 1
+        for recorder in self._recorders:
+            recorder.finished(call)
+
+    # ------------------------------------------------------------------ client to server
+
+    async def _govern(self, conversation: Conversation, call: Call, ask: Ask) -> Outcome:
+        """Ask whom the method's row says must be asked."""
+        operation = call.operation
+        if self.in_flight > self._limit and call.request_id is not None:
+            return self._refuse(
+                call, enforcement.refusal_of(Overloaded("too many calls in flight"))
+            )
+        match operation.method.governed:
+            case Governed.DECISION:
+                await learn(conversation, operation, ask, self._version, self._catalog_wait)
+                refusal = await self._judge.action(conversation, call)
+                if refusal is not None:
+                    return self._refuse(call, refusal)
+                return self._outcome(call, _permit(call, self._rules))
+            case Governed.NEGOTIATION:
+                await self._judge.negotiation(conversation, call)
+                permitted = enforcement.by_table(operation, call.trace.to_upstream, call.decision)
+                return self._outcome(call, permitted)
+            case _:
+                return self._outcome(call, enforcement.by_table(operation, call.trace.to_upstream))
+
+    def _outcome(self, call: Call, permitted: Permitted | Refusal) -> Outcome:
+        if isinstance(permitted, Refusal):
+            return self._refuse(call, permitted)
+        refusal = self._record_decision(call)
+        return Forward(permitted) if refusal is None else self._refuse(call, refusal)
+
+    def _refuse(self, call: Call, refusal: Refusal) -> Outcome:
+        call.verdict, call.reasons = refusal.verdict, refusal.reasons
+        if call.decision is None or refusal.verdict == "deny":
+            self._record_decision(call)
+        response = enforcement.reply(call.operation, refusal, call.decision_id, self._rules)
+        return Drop() if response is None else Reply(response, refusal.status)
+
+    def _record_decision(self, call: Call) -> Refusal | None:
+        """Write the decision down before anything is let through: no evidence, no action."""
+        try:
+            for recorder in self._recorders:
+                recorder.decided(call)
+        except AuditError as error:
+            log.error("audit record could not be written: %s", error)
+            return enforcement.refusal_of(error)
+        return None
+
+    def _settle(self, conversation: Conversation, call: Call, outcome: Outcome) -> Outcome:
+        """The last look before a message leaves, in its turn."""
+        operation = call.operation
+        if call.cancelled:
+            self._forget(conversation, call)
+            self.finish(call, "cancelled")
+            return Drop()
+        if not isinstance(outcome, Forward):
+            self._forget(conversation, call)
+            self.finish(call, _end_of_call(call), _rpc_error(outcome))
+            return outcome
+        call.forwarded = time.time_ns()
+        if isinstance(operation.message, Notification):
+            return self._settle_notification(conversation, call, outcome)
+        if operation.message.method == "server/discover":
+            conversation.discovering = asyncio.get_running_loop().create_future()
+        return outcome
+
+    def _settle_notification(
+        self, conversation: Conversation, call: Call, outcome: Forward
+    ) -> Outcome:
+        params, method = call.operation.params, call.operation.message.method
+        if method == "notifications/initialized":
+            conversation.session.initialized = True
+            conversation.greeted.set()
+        if method == "notifications/cancelled" and self._cancel(
+            conversation, params.get("requestId")
+        ):
+            self.finish(call, "cancelled")
+            return Drop()
+        self.finish(call, "success")
+        return outcome
+
+    def _cancel(self, conversation: Conversation, request_id: Any) -> bool:
+        """Take a request back; True when the server has not seen it and need not hear of it."""
+        if not isinstance(request_id, (str, int)):
+            return False
+        call = conversation.calls.get(request_id)
+        if call is None or call.operation.method.name == "initialize":
+            return False
+        if not call.forwarded:
+            call.cancelled = True
+            return True
+        self.abandon(conversation, call)
+        return False
+
+    def _answer_server(self, conversation: Conversation, response: Response) -> Outcome:
+        """A client's answer goes on only when the server asked for it."""
+        call = conversation.server_calls.answer(response.id)
+        if call is None:
+            log.warning("dropped an answer that no server asked for")
+            return Drop()
+        permitted = enforcement.answer_to_server(response, call.operation)
+        self.finish(call, "success" if response.error is None else "tool_error", _error(response))
+        return Forward(permitted)
+
+    def _unknown(
+        self,
+        conversation: Conversation,
+        message: Request | Notification,
+        origin: Origin,
+        error: UnknownMethod,
+    ) -> Outcome:
+        """A method outside the table: denied, recorded, and nobody is asked."""
+        call = self._open_unknown(conversation, message, Direction.FROM_CLIENT, origin)
+        outcome = self._refuse(call, enforcement.refusal_of(error))
+        self._forget(conversation, call)
+        self.finish(call, "denied", _rpc_error(outcome))
+        return outcome
+
+    # ------------------------------------------------------------------ server to client
+
+    async def _answer_client(self, conversation: Conversation, response: Response) -> Delivery:
+        """A server's answer: only to what was asked, and judged where the row says so."""
+        call = conversation.calls.answer(response.id)
+        if call is None:
+            if response.id is None and response.error is not None:
+                return Deliver()
+            log.warning("dropped an answer that no client asked for")
+            return Drop()
+        try:
+            return await self._judge_answer(conversation, call, response)
+        except BaseException:
+            self.finish(call, "cancelled")
+            raise
+
+    async def _judge_answer(
+        self, conversation: Conversation, call: Call, response: Response
+    ) -> Delivery:
+        self._note(conversation, call, response)
+        listing = call.operation.method.listing
+        if listing is not None and response.error is None:
+            return await self._judge_page(conversation, call, listing, response)
+        for question in _embedded_questions(response):
+            refusal = await self._judge_embedded(conversation, call, question)
+            if refusal is not None:
+                return self._fail_answer(call, refusal)
+        self.finish(call, _end_of_response(response), _error(response))
+        return Deliver()
+
+    def _note(self, conversation: Conversation, call: Call, response: Response) -> None:
+        """Learn from an answer what later messages will be judged by."""
+        name, result = call.operation.message.method, response.result
+        if name == "initialize" and response.error is None:
+            conversation.session.negotiated(response)
+        probe = conversation.discovering
+        if name == "server/discover" and probe is not None and not probe.done():
+            probe.set_result(response.error is None)
+        if name == "tools/list" and response.error is None:
+            observe(conversation.server.catalog, call.operation.params, response)
+        if isinstance(result, dict):
+            conversation.server.remember(call.operation, call.actor, result)
+
+    async def _judge_page(
+        self, conversation: Conversation, call: Call, listing: Listing, response: Response
+    ) -> Delivery:
+        """Take out of a page what the actor may not see; a listing is never refused for policy.
+
+        No decision about it is an error, never an empty list that looks like the truth.
+        """
+        refusal = await self._judge.page(conversation, call, listing, response)
+        unwritten = self._record_decision(call)
+        failed = refusal if refusal is not None and refusal.verdict == "error" else unwritten
+        if failed is not None:
+            return self._fail_answer(call, failed)
+        self.finish(call, "success")
+        assert call.decision is not None
+        if refusal is not None:
+            return _changed(response, enforcement.empty_page(response, listing))
+        if enforcement.shadowed(call.decision, self._rules):
+            return Deliver()
+        return _changed(response, enforcement.filter_page(response, listing, call.decision))
+
+    def _fail_answer(self, call: Call, refusal: Refusal) -> Delivery:
+        """The client gets a refusal in place of the server's answer."""
+        self.finish(call, _end_of(refusal), (refusal.rpc_code, refusal.reasons[0].code))
+        return Deliver(enforcement.reply(call.operation, refusal, call.decision_id, self._rules))
+
+    async def _judge_embedded(
+        self, conversation: Conversation, call: Call, question: Notification
+    ) -> Refusal | None:
+        """Judge a question inside a result (multi-round requests) like one of the server's own."""
+        try:
+            operation = conversation.session.receive_embedded(question)
+        except SidecarError as error:
+            return enforcement.refusal_of(error)
+        inner = self._open(conversation, operation, Origin(call.actor, call.source_address))
+        return await self._ask(conversation, inner)
+
+    async def _ask(self, conversation: Conversation, call: Call) -> Refusal | None:
+        """Judge and record an action that is over once it is decided."""
+        try:
+            refusal = await self._judge.action(conversation, call)
+        except BaseException:
+            self.finish(call, "cancelled")
+            raise
+        unwritten = self._record_decision(call)
+        refusal = refusal or unwritten
+        self.finish(call, "success" if refusal is None else _end_of(refusal))
+        return refusal
+
+    def _pass_from_server(
+        self, conversation: Conversation, operation: Operation, origin: Origin
+    ) -> Delivery:
+        if operation.message.method == "notifications/tools/list_changed":
+            conversation.server.catalog.forget()
+        if operation.message.method == "notifications/cancelled":
+            self._taken_back(conversation, operation.params.get("requestId"))
+        if isinstance(operation.message, Request):
+            call = self._open(conversation, operation, origin, conversation.server_calls)
+            call.forwarded = time.time_ns()
+        return Deliver()
+
+    def _taken_back(self, conversation: Conversation, request_id: Any) -> None:
+        """The server waits no more for the answer to a question of its own."""
+        if isinstance(request_id, (str, int)):
+            call = conversation.server_calls.answer(request_id)
+            if call is not None:
+                self.finish(call, "cancelled")
+
+    async def _question(
+        self, conversation: Conversation, operation: Operation, origin: Origin
+    ) -> Delivery:
+        """A server's question to the client is an action; the actor stays the client."""
+        call = self._open(conversation, operation, origin, conversation.server_calls)
+        refusal = await self._judge.action(conversation, call)
+        unwritten = self._record_decision(call)
+        refusal = refusal or unwritten
+        if refusal is None:
+            call.forwarded = time.time_ns()
+            return Deliver()
+        return self._answer_refused(conversation, call, refusal)
+
+    def _answer_refused(self, conversation: Conversation, call: Call, refusal: Refusal) -> Delivery:
+        """The server gets an answer to a question that the client never sees."""
+        conversation.server_calls.answer(call.request_id)
+        self.finish(call, _end_of(refusal), (refusal.rpc_code, refusal.reasons[0].code))
+        response = enforcement.reply(call.operation, refusal, call.decision_id, self._rules)
+        if response is None:
+            return Drop()
+        return AnswerServer(enforcement.answer_to_server(response, call.operation))
+
+    def _refuse_server(
+        self,
+        conversation: Conversation,
+        message: Request | Notification,
+        origin: Origin,
+        error: SidecarError,
+    ) -> Delivery:
+        call = self._open_unknown(conversation, message, Direction.FROM_SERVER, origin)
+        refusal = enforcement.refusal_of(error)
+        call.verdict, call.reasons = refusal.verdict, refusal.reasons
+        self._record_decision(call)
+        return self._answer_refused(conversation, call, refusal)
+
+    # ------------------------------------------------------------------ book-keeping
+
+    def _open(
+        self,
+        conversation: Conversation,
+        operation: Operation,
+        origin: Origin,
+        waiting: Outstanding[Call] | None = None,
+    ) -> Call:
+        meta = operation.params.get("_meta")
+        call = Call(
+            operation=operation,
+            actor=origin.actor,
+            server=conversation.server.name,
+            transport=conversation.transport,
+            decision_id=decision_id(),
+            trace=self._tracer.begin(meta if isinstance(meta, dict) else {}, origin.headers),
+            source_address=origin.source_address,
+            received=time.time_ns(),
+        )
+        if call.request_id is not None:
+            (conversation.calls if waiting is None else waiting).ask(call.request_id, call)
+        self.in_flight += 1
+        return call
+
+    def _open_unknown(
+        self,
+        conversation: Conversation,
+        message: Request | Notification,
+        direction: Direction,
+        origin: Origin,
+    ) -> Call:
+        operation = Operation(
+            message=message,
+            method=UNKNOWN,
+            direction=direction,
+            era=Era.LEGACY,
+            protocol_version=conversation.session.protocol_version,
+            targets=(),
+            session_id=conversation.session.id,
+            client=conversation.session.client,
+        )
+        from_client = direction is Direction.FROM_CLIENT
+        waiting = conversation.calls if from_client else conversation.server_calls
+        return self._open(conversation, operation, origin, waiting)
+
+    def _forget(self, conversation: Conversation, call: Call) -> None:
+        if conversation.calls.get(call.request_id) is call:
+            conversation.calls.answer(call.request_id)
+
+
+def _permit(call: Call, rules: Rules) -> Permitted | Refusal:
+    assert call.decision is not None
+    return enforcement.by_decision(call.operation, call.decision, rules, call.trace.to_upstream)
+
+
+def _embedded_questions(response: Response) -> list[Notification]:
+    """The questions of a result that asks for input; one that is no question has no row either."""
+    result = response.result
+    if not isinstance(result, dict) or result.get("resultType") != "input_required":
+        return []
+    questions = result.get("inputRequests")
+    values = questions.values() if isinstance(questions, dict) else []
+    return [_question(each if isinstance(each, dict) else {}) for each in values]
+
+
+def _question(value: JsonObject) -> Notification:
+    params = value.get("params")
+    return Notification(str(value.get("method")), params if isinstance(params, dict) else None)
+
+
+def _changed(response: Response, shown: Response) -> Deliver:
+    return Deliver(None if shown is response else shown)
+
+
+def _end_of(refusal: Refusal) -> End:
+    return "denied" if refusal.verdict == "deny" else "policy_error"
+
+
+def _end_of_call(call: Call) -> End:
+    return "denied" if call.verdict == "deny" else "policy_error"
+
+
+def _end_of_response(response: Response) -> End:
+    if response.error is not None:
+        return "upstream_error"
+    failed = isinstance(response.result, dict) and response.result.get("isError") is True
+    return "tool_error" if failed else "success"
+
+
+def _error(response: Response) -> tuple[int, str] | None:
+    if response.error is None:
+        return None
+    return response.error["code"], str(response.error.get("message", ""))
+
+
+def _rpc_error(outcome: Outcome) -> tuple[int, str] | None:
+    return _error(outcome.response) if isinstance(outcome, Reply) else None
