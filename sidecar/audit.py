@@ -1,0 +1,244 @@
+"""The record: who did what, what was decided, what came of it. JSON lines, two for a call.
+
+`decision` is written before anything is forwarded, and when it can't be written nothing is let
+through; `outcome` is written when the call has ended. Both carry the decision id, by which they
+belong together, and the trace id. Principals are there by type, id, issuer and key; arguments by
+their digest; claims, results, tokens and raw session ids never.
+
+A record is one `write` of a whole line to a descriptor that appends, so processes that share a file
+do not tear each other's lines (in a pipe: up to PIPE_BUF). A line that was torn all the same, by a
+full disk, is ended before the next one. Times are the call's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sidecar.conversation import Call
+from sidecar.errors import AuditError, ConfigError
+from sidecar.policy.document import session_digest
+from sidecar.policy.identity import Principal
+from sidecar.protocol.catalog import digest
+from sidecar.protocol.jsonrpc import Json, JsonObject, dump_json
+
+if TYPE_CHECKING:
+    from sidecar.config import Audit as Settings
+
+log = logging.getLogger("sidecar.audit")
+
+MODE = 0o600
+MAX_LINE = 64 * 1024
+QUIET = 60.0
+
+_LIMITS = ((1024, 64), (128, 16), (32, 8))
+"""Longest string, longest list: the first pair that makes a line short enough is taken."""
+
+_WITH_ARGUMENTS = frozenset({"tools/call", "prompts/get"})
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+
+class Audit:
+    """A recorder of the pipeline that appends to a descriptor.
+
+    `path` is the file that `reopen` opens again; None when the descriptor is not ours.
+    """
+
+    def __init__(self, fd: int, *, path: Path | None = None, sync: bool = False) -> None:
+        self._fd, self._path = fd, path
+        self._sync = sync and stat.S_ISREG(os.fstat(fd).st_mode)
+        self._torn = False
+        self._complained = float("-inf")
+
+    @classmethod
+    def open(cls, settings: Settings, *, stream: int) -> Audit:
+        """The record that the settings name; "-" is `stream`, a descriptor that stays open.
+
+        Raises:
+            ConfigError: the file can not be opened for appending.
+
+        """
+        if settings.path is None or settings.path == "-":
+            return cls(stream, sync=settings.sync)
+        path = Path(settings.path)
+        try:
+            return cls(os.open(path, _FLAGS, MODE), path=path, sync=settings.sync)
+        except OSError as error:
+            raise ConfigError(f"audit.path: can not append to {path}: {error.strerror}") from error
+
+    def decided(self, call: Call) -> None:
+        """Write down what was decided, before anything is let through.
+
+        Raises:
+            AuditError: it could not be written.
+
+        """
+        if not _judged(call):
+            return
+        try:
+            self._append(line(_decision(call)))
+        except OSError as error:
+            raise AuditError(f"the audit record could not be written: {error.strerror}") from error
+
+    def finished(self, call: Call) -> None:
+        """Write down what came of it. It has happened: a failure can only be complained of."""
+        if not _judged(call):
+            return
+        try:
+            self._append(line(_outcome(call)))
+        except OSError as error:
+            self._complain(error)
+
+    def reopen(self) -> None:
+        """Go on in a new file of the same name, after the old one was moved away.
+
+        When that can't be opened, the record goes on in the old one.
+        """
+        if self._path is None:
+            return
+        try:
+            fd = os.open(self._path, _FLAGS, MODE)
+        except OSError as error:
+            self._complain(error)
+            return
+        self.close()
+        self._fd, self._torn = fd, False
+
+    def close(self) -> None:
+        """Close the file; a descriptor that is not ours is left open."""
+        if self._path is not None:
+            os.close(self._fd)
+
+    def _append(self, record: bytes) -> None:
+        whole = b"\n" + record if self._torn else record
+        written = os.write(self._fd, whole)
+        if written != len(whole):
+            self._torn = self._torn or written > 0
+            raise OSError(0, f"{written} of {len(whole)} bytes written")
+        self._torn = False
+        if self._sync:
+            os.fsync(self._fd)
+
+    def _complain(self, error: OSError) -> None:
+        now = time.monotonic()
+        if now - self._complained >= QUIET:
+            self._complained = now
+            log.error("the audit record could not be written: %s", error.strerror)
+
+
+def line(record: JsonObject) -> bytes:
+    """A record as one line of at most 64 KiB; where something was cut, it says so."""
+    for longest, most in _LIMITS:
+        shown = _cut(record, longest, most)
+        whole = dump_json(shown if shown == record else {**shown, "truncated": True}) + b"\n"
+        if len(whole) <= MAX_LINE:
+            return whole
+    raise AssertionError("the tightest limits keep a record below 64 KiB")
+
+
+def _cut(value: Json, longest: int, most: int) -> Json:
+    match value:
+        case str():
+            return value if len(value) <= longest else value[: longest - 1] + "…"
+        case dict():
+            return {key: _cut(each, longest, most) for key, each in value.items()}
+        case list():
+            return [_cut(each, longest, most) for each in value[:most]]
+        case _:
+            return value
+
+
+def _judged(call: Call) -> bool:
+    """Whether anybody decided: the policy, or the table by a refusal. Else there is no record."""
+    return call.decision is not None or call.error is not None or call.verdict != "allow"
+
+
+def _decision(call: Call) -> JsonObject:
+    decision, operation = call.decision, call.operation
+    record = {
+        **_heading("decision", call.answered or call.received, call),
+        "assurance": call.actor.assurance,
+        "chain": [_principal(each) for each in call.actor.chain],
+        "session": session_digest(operation.session_id),
+        "arguments_digest": _arguments_digest(call),
+        "reasons": [
+            _present({"code": each.code, "message": each.message or None, "scope": each.scope})
+            for each in call.reasons
+        ],
+        "error": call.error.detail if call.error else None,
+        "rule": decision.rule if decision else None,
+        "owner": decision.owner if decision else None,
+        "policy_revision": decision.revision if decision else None,
+        "opa_decision_id": decision.opa_id if decision else None,
+        "milliseconds": _milliseconds(call.asked, call.answered) if call.asked else None,
+    }
+    return _present(record)
+
+
+def _outcome(call: Call) -> JsonObject:
+    record = {
+        **_heading("outcome", call.finished, call),
+        "outcome": call.outcome,
+        "rpc_error": call.rpc_error[0] if call.rpc_error else None,
+        "forwarded": call.forwarded > 0,
+        "milliseconds": _milliseconds(call.received, call.finished),
+    }
+    return _present(record)
+
+
+def _heading(kind: str, when: int, call: Call) -> JsonObject:
+    """What both records of a call say: enough to read either alone."""
+    operation, behind = call.operation, call.actor.on_behalf_of
+    actor = {
+        "type": call.actor.principal.type,
+        "key": call.actor.principal.key,
+        "on_behalf_of": behind.key if behind else None,
+    }
+    return {
+        "time": _rfc3339(when),
+        "type": kind,
+        "decision_id": call.decision_id,
+        "trace_id": call.trace.trace_id,
+        "actor": _present(actor),
+        "server": call.server,
+        "transport": call.transport,
+        "direction": operation.direction.value,
+        "method": operation.message.method,
+        "targets": [{"type": each.type, "name": each.name} for each in operation.targets],
+        "decision": call.verdict,
+        "mode": call.mode,
+    }
+
+
+def _principal(principal: Principal) -> JsonObject:
+    return {
+        "type": principal.type,
+        "id": principal.id,
+        "issuer": principal.issuer,
+        "key": principal.key,
+    }
+
+
+def _arguments_digest(call: Call) -> str | None:
+    if call.operation.message.method not in _WITH_ARGUMENTS:
+        return None
+    return digest(call.operation.params.get("arguments", {}))
+
+
+def _present(record: JsonObject) -> JsonObject:
+    """An absent thing is an absent key, as in the input document."""
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _milliseconds(start: int, end: int) -> float:
+    return round(max(0, end - start) / 1e6, 3)
+
+
+def _rfc3339(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest // 10**6:03d}Z"

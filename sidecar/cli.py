@@ -1,0 +1,463 @@
+"""The commands, and the only place where the parts are put together.
+
+What takes long to import is imported by the command that needs it: a stdio wrapper is started anew
+for every client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
+
+from sidecar import __version__
+from sidecar.errors import ConfigError, PolicyUnusable
+
+if TYPE_CHECKING:
+    from sidecar.config import Listen, Mode, Settings
+    from sidecar.opa import OpaTracing, OwnOpa, Readiness
+    from sidecar.pipeline import Pipeline
+    from sidecar.telemetry import Telemetry
+
+log = logging.getLogger("sidecar")
+
+CONFIG_FAULT = 125
+POLICY_FAULT = 126
+
+LATER = ("shim", "inject", "uninject", "check-inject", "webhook", "policy", "pin", "audit", "tail")
+"""Commands that have a name and a place, and are not there yet."""
+
+DESCRIPTION = """\
+Decides, per request, what an MCP client may do: every action is put to Open Policy Agent before the
+server sees it, and leaves a span and an audit record.
+"""
+EPILOG = """\
+examples:
+  mcp-sidecar stdio --policy ./policy --actor agent:support-bot -- python server.py
+  mcp-sidecar http --policy ./policy --listen 127.0.0.1:15801 --upstream http://127.0.0.1:8080/mcp
+  mcp-sidecar check --policy ./policy
+
+exit codes: 125 configuration or usage, 126 OPA or its policy unusable, else the wrapped command's
+"""
+OPTIONS_EPILOG = """\
+Every option may also be set in the file (--config) or as MCP_SIDECAR_<OPTION>; flags win over the
+environment, which wins over the file. OTEL_* variables configure the exporter as usual.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our exit code for wrong usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """One screen: what is wrong, and where help is."""
+        print(f"mcp-sidecar: {message}\ntry: {self.prog} --help", file=sys.stderr)
+        sys.exit(CONFIG_FAULT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(arguments)
+    try:
+        run = {"stdio": _run_stdio, "http": _run_http, "check": _run_check}[options.mode]
+        return run(_settings(options))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"mcp-sidecar: {problem}", file=sys.stderr)
+        return CONFIG_FAULT
+    except PolicyUnusable as error:
+        print(f"mcp-sidecar: {error}", file=sys.stderr)
+        return POLICY_FAULT
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    arguments, command = _split_command(arguments)
+    if arguments and arguments[0] in LATER:
+        print(f"mcp-sidecar: {arguments[0]!r} is not there yet", file=sys.stderr)
+        sys.exit(CONFIG_FAULT)
+    parser = Parser(
+        prog="mcp-sidecar",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mcp-opa-sidecar {__version__}")
+    modes = parser.add_subparsers(
+        dest="mode", required=True, metavar="COMMAND", parser_class=Parser
+    )
+    _add_stdio(modes)
+    _add_http(modes)
+    _add_check(modes)
+    _refuse_unknown_command(arguments, parser, tuple(modes.choices))
+    options = parser.parse_args(arguments)
+    options.command = command
+    return options
+
+
+def _split_command(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """What stands before `--`, and the wrapped command behind it."""
+    if "--" not in arguments:
+        return arguments, ()
+    cut = arguments.index("--")
+    return arguments[:cut], tuple(arguments[cut + 1 :])
+
+
+def _refuse_unknown_command(
+    arguments: list[str], parser: argparse.ArgumentParser, known: tuple[str, ...]
+) -> None:
+    if not arguments or arguments[0].startswith("-") or arguments[0] in known:
+        return
+    near = get_close_matches(arguments[0], known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
+    parser.error(f"there is no command {arguments[0]!r}{hint}")
+
+
+def _add_stdio(modes: argparse._SubParsersAction[Parser]) -> None:
+    parser = modes.add_parser(
+        "stdio",
+        help="stdin and stdout in front of a stdio server",
+        usage="mcp-sidecar stdio [OPTIONS] -- COMMAND [ARG...]",
+        description="Start COMMAND and stand between it and the client on stdin and stdout.",
+        epilog=OPTIONS_EPILOG,
+    )
+    _add_common(parser)
+    parser.add_argument("--upstream", metavar="URL", help=argparse.SUPPRESS)
+
+
+def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
+    parser = modes.add_parser(
+        "http",
+        help="HTTP in front of an HTTP server",
+        usage="mcp-sidecar http [OPTIONS] --listen HOST:PORT --upstream URL",
+        description="Listen for MCP clients and stand between them and the server at URL.",
+        epilog=OPTIONS_EPILOG,
+    )
+    parser.add_argument("--listen", metavar="HOST:PORT", help="where clients come in")
+    parser.add_argument(
+        "--upstream", metavar="URL", help="the server's endpoint; its path is served here as well"
+    )
+    _add_common(parser)
+
+
+def _add_check(modes: argparse._SubParsersAction[Parser]) -> None:
+    parser = modes.add_parser(
+        "check",
+        help="check configuration, policy and OPA before anything is deployed",
+        description="Read the configuration, compile the policy, ask OPA one question, and print "
+        "the settings that would be in force. Every problem is shown at once.",
+        epilog=OPTIONS_EPILOG,
+    )
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these and more")
+    parser.add_argument(
+        "--policy", metavar="DIR", help="run an own OPA with the library and this folder"
+    )
+    parser.add_argument(
+        "--opa", metavar="URL", help="ask a co-located OPA: http://HOST:PORT or unix:///PATH"
+    )
+    parser.add_argument(
+        "--actor",
+        metavar="TYPE:ID",
+        help="who is on the other end: human, service or agent, and a name (default: unknown)",
+    )
+    parser.add_argument(
+        "--admin", metavar="HOST:PORT", help="serve /livez, /readyz and /metrics; `off` for none"
+    )
+    parser.add_argument(
+        "--audit",
+        metavar="FILE",
+        help="append decision and outcome records; `-` is stdout of http, stderr of stdio",
+    )
+    parser.add_argument("--otlp", metavar="URL", help="send spans to this OTLP collector")
+    parser.add_argument(
+        "--shadow",
+        action="store_true",
+        default=None,
+        help="record denials and enforce none but revocations",
+    )
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from sidecar import config, logs
+
+    flags = {name: value for name, value in vars(options).items() if name != "mode"}
+    mode: Mode = options.mode
+    settings = config.load(
+        mode=mode, flags=flags, environ=os.environ, read=lambda path: path.read_text("utf-8")
+    )
+    logs.set_up(settings.log_format, settings.log_level)
+    return settings
+
+
+@dataclass(slots=True)
+class Core:
+    """What both transports stand on."""
+
+    pipeline: Pipeline
+    readiness: Readiness
+    telemetry: Telemetry
+    stopping: asyncio.Event
+
+
+@asynccontextmanager
+async def _core(settings: Settings) -> AsyncIterator[Core]:
+    """OPA, telemetry, audit and pipeline: started in order, ended in reverse."""
+    from sidecar import opa, telemetry
+    from sidecar.conversation import Recorder
+    from sidecar.pipeline import Pipeline
+    from sidecar.policy.enforcement import Rules
+
+    async with AsyncExitStack() as stack:
+        traces = telemetry.build(
+            settings.telemetry,
+            version=__version__,
+            metrics=settings.admin is not None,
+            opa="tcp" if (settings.opa.url or "").startswith("http") else "unix",
+            environ=os.environ,
+        )
+        stack.callback(traces.shutdown)
+        own = await _own_opa(settings, stack)
+        decider = opa.DecisionClient(own.url if own else str(settings.opa.url))
+        stack.push_async_callback(decider.close)
+        recorders: tuple[Recorder, ...] = (traces,)
+        if settings.audit.path is not None:
+            from sidecar.audit import Audit
+
+            audit = Audit.open(settings.audit, stream=2 if settings.mode == "stdio" else 1)
+            stack.callback(audit.close)
+            recorders = (audit, traces)
+        pipeline = Pipeline(
+            decider=decider,
+            tracer=traces,
+            recorders=recorders,
+            rules=Rules(
+                settings.enforcement.shadow,
+                settings.enforcement.disclose,
+                settings.enforcement.denial,
+            ),
+            version=__version__,
+            deadline=settings.opa.deadline,
+            listing_deadline=settings.opa.listing_deadline,
+            catalog_wait=settings.limits.catalog,
+            calls_in_flight=settings.limits.calls_in_flight,
+            pod=_pod(settings),
+        )
+        traces.observe("authz.calls.active", lambda: pipeline.in_flight)
+        readiness = opa.Readiness(
+            decider,
+            lambda: opa.question(
+                enforcer_version=__version__,
+                server=_server_names(settings)[0],
+                transport="stdio" if settings.mode == "stdio" else "http",
+            ),
+            settings.opa,
+            own=own,
+        )
+        readiness.start()
+        stack.push_async_callback(readiness.stop)
+        if settings.admin is not None:
+            await _admin(settings.admin, readiness, traces, stack)
+        yield Core(pipeline, readiness, traces, _stopping())
+
+
+async def _own_opa(settings: Settings, stack: AsyncExitStack) -> OwnOpa | None:
+    from sidecar import opa
+
+    if settings.opa.policy is None:
+        return None
+    own = opa.OwnOpa(settings.opa, tracing=_opa_tracing(settings))
+    await own.start()
+    stack.push_async_callback(own.stop)
+    return own
+
+
+def _opa_tracing(settings: Settings) -> OpaTracing | None:
+    """The own OPA sends its spans to the same collector as the sidecar."""
+    from sidecar.opa import OpaTracing
+
+    url = settings.telemetry.otlp or os.environ.get(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    )
+    if settings.telemetry.exporter != "otlp" or url is None:
+        return None
+    grpc = settings.telemetry.protocol == "grpc"
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    port = parts.port or (4317 if grpc else 4318)
+    return OpaTracing(
+        f"{parts.hostname}:{port}", "grpc" if grpc else "http", tls=parts.scheme == "https"
+    )
+
+
+async def _admin(
+    listen: Listen, readiness: Readiness, traces: Telemetry, stack: AsyncExitStack
+) -> None:
+    from sidecar.transport.admin import serve_admin
+
+    try:
+        runner, (host, port) = await serve_admin(listen, readiness.status, traces.render_metrics)
+    except OSError as error:
+        raise ConfigError(f"admin: can not listen on {listen}: {error}") from error
+    stack.push_async_callback(runner.cleanup)
+    log.info("admin on http://%s:%d", host, port)
+
+
+def _stopping() -> asyncio.Event:
+    """Set by SIGTERM and SIGINT."""
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopping.set)
+    return stopping
+
+
+def _run_stdio(settings: Settings) -> int:
+    return _run(_stdio(settings))
+
+
+def _run_http(settings: Settings) -> int:
+    return _run(_http(settings))
+
+
+def _run_check(settings: Settings) -> int:
+    return _run(_check(settings))
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    """Run on uvloop, with a garbage collector that leaves what start-up made alone."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def _calm_garbage_collector() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
+
+
+async def _stdio(settings: Settings) -> int:
+    from sidecar.conversation import Server
+    from sidecar.protocol.methods import MethodTable
+    from sidecar.transport.pipes import open_stdin, open_stdout
+    from sidecar.transport.stdio import Child, StdioProxy
+
+    async with _core(settings) as core:
+        child = await Child.start(settings.command)
+        proxy = StdioProxy(
+            pipeline=core.pipeline,
+            child=child,
+            server=Server(settings.server_name),
+            table=MethodTable.of(settings.protocol.methods),
+            actor=settings.identity.actor,
+            strictness=_strictness(settings),
+            limits=settings.limits,
+            stdin=await open_stdin(),
+            stdout=await open_stdout(),
+        )
+        _calm_garbage_collector()
+        return await proxy.run(core.stopping)
+
+
+async def _http(settings: Settings) -> int:
+    from sidecar.protocol.methods import MethodTable
+    from sidecar.transport.http import HttpProxy, serve
+
+    assert settings.listen is not None
+    async with _core(settings) as core, AsyncExitStack() as stack:
+        proxy = HttpProxy(
+            pipeline=core.pipeline,
+            routes=await _routes(settings, stack),
+            table=MethodTable.of(settings.protocol.methods),
+            actor=settings.identity.actor,
+            strictness=_strictness(settings),
+            limits=settings.limits,
+            http=settings.http,
+            listen=settings.listen,
+        )
+        try:
+            runner, (host, port) = await serve(proxy, settings.listen, settings.limits.drain)
+        except OSError as error:
+            raise ConfigError(f"listen: can not listen on {settings.listen}: {error}") from error
+        for upstream in settings.upstreams:
+            log.info("listening on http://%s:%d%s for %s", host, port, upstream.path, upstream.url)
+        _calm_garbage_collector()
+        await core.stopping.wait()
+        log.info("stopping: finishing what is in flight")
+        proxy.close_streams()
+        await runner.cleanup()
+    return 0
+
+
+async def _routes(settings: Settings, stack: AsyncExitStack) -> dict[str, Any]:
+    from sidecar.conversation import Server
+    from sidecar.protocol.session import Bounded
+    from sidecar.transport.http import Route
+    from sidecar.transport.upstream import HttpUpstream
+
+    routes = {}
+    for each in settings.upstreams:
+        upstream = HttpUpstream(
+            each.url,
+            connect=settings.limits.connect,
+            response=settings.limits.response,
+            message_limit=settings.limits.server_message,
+        )
+        await upstream.start()
+        stack.push_async_callback(upstream.stop)
+        routes[each.path] = Route(upstream, Server(each.name), Bounded(settings.limits.sessions))
+    return routes
+
+
+async def _check(settings: Settings) -> int:
+    """Start what there is, ask it one question, and show what would be in force."""
+    from sidecar import config, opa
+    from sidecar.errors import DecisionError
+
+    async with AsyncExitStack() as stack:
+        own = await _own_opa(settings, stack)
+        decider = opa.DecisionClient(own.url if own else str(settings.opa.url))
+        stack.push_async_callback(decider.close)
+        question = opa.question(enforcer_version=__version__, server="check", transport="http")
+        try:
+            decision = await decider.decide(question, deadline=settings.opa.deadline, headers={})
+        except DecisionError as error:
+            raise PolicyUnusable(f"OPA gives no decision: {error} ({error.detail})") from error
+    print(json.dumps(config.describe(settings), indent=2))
+    print(f"fine: OPA decides, policy revision {decision.revision or '(none)'}", file=sys.stderr)
+    return 0
+
+
+def _strictness(settings: Settings) -> Any:
+    from sidecar.protocol.jsonrpc import Strictness
+
+    return Strictness(
+        nesting=settings.limits.nesting, big_integers=settings.protocol.big_integers == "pass"
+    )
+
+
+def _server_names(settings: Settings) -> list[str]:
+    return [each.name for each in settings.upstreams] or [settings.server_name]
+
+
+def _pod(settings: Settings) -> dict[str, str]:
+    pod = settings.pod
+    fields = {
+        "name": pod.name,
+        "namespace": pod.namespace,
+        "service_account": pod.service_account,
+    }
+    return {key: value for key, value in fields.items() if value is not None}

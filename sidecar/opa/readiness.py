@@ -1,0 +1,142 @@
+"""Whether OPA can be asked, found out by asking it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Protocol
+
+from sidecar.config import Opa
+from sidecar.errors import DecisionError
+from sidecar.opa.background import Background
+from sidecar.opa.client import UNTRACED
+from sidecar.policy.decision import Decision
+from sidecar.policy.document import Environment, canary
+from sidecar.policy.identity import UNKNOWN
+from sidecar.protocol.jsonrpc import JsonObject
+
+logger = logging.getLogger("sidecar.opa")
+
+RETRY = 0.2  # seconds between questions while there is no answer
+
+
+class Decider(Protocol):
+    """What `Readiness` asks: a `DecisionClient`, or what stands in for it."""
+
+    async def decide(
+        self, document: JsonObject, *, deadline: float, headers: Mapping[str, str]
+    ) -> Decision:
+        """As `DecisionClient.decide`."""
+        ...
+
+
+class Served(Protocol):
+    """The own OPA, as far as readiness goes."""
+
+    on_served: Callable[[], None]
+
+    @property
+    def lagging(self) -> bool:
+        """As `OwnOpa.lagging`."""
+        ...
+
+    def status(self) -> JsonObject:
+        """As `OwnOpa.status`."""
+        ...
+
+
+def question(*, enforcer_version: str, server: str, transport: str) -> JsonObject:
+    """The canary: a listing by nobody, now."""
+    return canary(Environment(enforcer_version, server, transport, time=timestamp()), UNKNOWN)
+
+
+class Readiness:
+    """Whether OPA decides, found out by asking it: any valid decision counts, allow or deny.
+
+    `on_change(revision, watermark)` is called when an answer differs from the one before in either.
+    Asked every `settings.canary` seconds; every 0.2 s while there is no answer; at once when the
+    own OPA serves a new revision.
+    """
+
+    def __init__(
+        self,
+        client: Decider,
+        ask: Callable[[], JsonObject],
+        settings: Opa,
+        *,
+        own: Served | None = None,
+        on_change: Callable[[str | None, str | None], None] | None = None,
+    ) -> None:
+        self._client, self._question, self._settings = client, ask, settings
+        self._own, self._on_change = own, on_change
+        self._nudge = asyncio.Event()
+        self._task: Background | None = None
+        self._asked = False
+        self.revision: str | None = None
+        self.watermark: str | None = None
+        self.error: str | None = "OPA has not been asked yet"
+        self.since = timestamp()
+        if own is not None:
+            own.on_served = self._nudge.set
+
+    @property
+    def ready(self) -> bool:
+        """OPA decides, and the policy that it decides by is the one it should."""
+        return self.error is None and not (self._own and self._own.lagging)
+
+    def start(self) -> None:
+        """Ask for the first time, now, and go on asking."""
+        self._task = Background(self._step, "canary")
+
+    async def stop(self) -> None:
+        """Ask no more."""
+        if self._task is not None:
+            await self._task.stop()
+
+    def status(self) -> JsonObject:
+        """For `/readyz`: `{ready, opa: {answers, since, error?}, policy: {revision, …}}`."""
+        opa: JsonObject = {"answers": self.error is None, "since": self.since}
+        if self.error is not None:
+            opa["error"] = self.error
+        own = self._own.status() if self._own else {}
+        return {"ready": self.ready, "opa": opa, "policy": {"revision": self.revision, **own}}
+
+    async def _step(self) -> None:
+        self._nudge.clear()
+        await self._ask()
+        every = self._settings.canary
+        with suppress(TimeoutError):
+            async with asyncio.timeout(every if self.error is None else min(every, RETRY)):
+                await self._nudge.wait()
+
+    async def _ask(self) -> None:
+        try:
+            decision = await self._client.decide(
+                self._question(), deadline=self._settings.deadline, headers=UNTRACED
+            )
+        except DecisionError as error:
+            self._turn(f"{error.detail}: {error}")
+            return
+        self._turn(None)
+        before, now = (self.revision, self.watermark), (decision.revision, decision.watermark)
+        self.revision, self.watermark = now
+        asked, self._asked = self._asked, True
+        if asked and before != now and self._on_change is not None:
+            self._on_change(*now)
+
+    def _turn(self, error: str | None) -> None:
+        if (error is None) != (self.error is None):
+            self.since = timestamp()
+            if error is None:
+                logger.info("opa_ready")
+            else:
+                logger.error("opa_not_ready error=%s", error)
+        self.error = error
+
+
+def timestamp() -> str:
+    """Now, RFC 3339 in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

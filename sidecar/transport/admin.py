@@ -1,0 +1,52 @@
+"""The admin port: is it alive, is it ready, what has it counted. Nothing that acts is here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from aiohttp import web
+
+from sidecar.config import Listen
+from sidecar.protocol.jsonrpc import JsonObject
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def serve_admin(
+    listen: Listen, readiness: Callable[[], JsonObject], metrics: Callable[[], bytes]
+) -> tuple[web.AppRunner, tuple[str, int]]:
+    """Serve `/livez`, `/readyz` and `/metrics`; the runner to be cleaned up, and the bound address.
+
+    `readiness` gives the body of `/readyz`, whose `ready` makes it 200 or 503.
+
+    Raises:
+        OSError: the address can not be had.
+    """
+
+    async def livez(request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(request: web.Request) -> web.Response:
+        status = readiness()
+        text = json.dumps(status, indent=2) + "\n"
+        return web.Response(
+            status=200 if status["ready"] else 503, text=text, content_type="application/json"
+        )
+
+    async def show_metrics(request: web.Request) -> web.Response:
+        return web.Response(body=metrics(), headers={"Content-Type": METRICS_TYPE})
+
+    application = web.Application(client_max_size=0)
+    application.router.add_get("/livez", livez)
+    application.router.add_get("/readyz", readyz)
+    application.router.add_get("/metrics", show_metrics)
+    runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, listen.host, listen.port).start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    host, port = runner.addresses[0][:2]
+    return runner, (host, port)
