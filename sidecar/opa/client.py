@@ -155,15 +155,20 @@ def _object(content: bytes) -> JsonObject | None:
 def _refusal(status: int, answer: JsonObject | None) -> DecisionError:
     """What an answer other than 200 means. It names codes and places, never values."""
     errors = answer.get("errors") if answer else None
-    first = next((each for each in errors or () if isinstance(each, dict)), {})
-    code = str(first.get("code", ""))
-    if status == 500 and code.startswith("eval_"):
-        place = first.get("location") or {}
-        where = f" at {place.get('file')}:{place.get('row')}" if isinstance(place, dict) else ""
-        return DecisionInvalid(f"the policy failed: {code}{where}", detail="evaluation_error")
+    for each in errors if isinstance(errors, list) else ():
+        code = str(each.get("code")) if isinstance(each, dict) else ""
+        if status == 500 and code.startswith("eval_"):
+            message = f"the policy failed: {code}{_place(each.get('location'))}"
+            return DecisionInvalid(message, detail="evaluation_error")
     if status >= 500 or status == 429:
         return DecisionUnavailable(f"OPA answered {status}", detail="server_error")
     return _bad_response(f"OPA answered {status}")
+
+
+def _place(location: Any) -> str:
+    if not isinstance(location, dict) or "file" not in location:
+        return ""
+    return f" at {location['file']}:{location.get('row')}"
 
 
 def _bad_response(message: str) -> DecisionInvalid:

@@ -80,6 +80,8 @@ def build(
     kind = _OBJECTS.get(target.type)
     if kind is not None:
         document[target.type] = kind(operation, target, facts)
+    if target.kind == "task":
+        document["task"] = _task(operation, target, facts)
     if facts.round is not None:
         responses = operation.params.get("inputResponses")
         document["round"] = {
@@ -95,10 +97,12 @@ def build_listing(
     items: list[JsonObject],
     actor: Actor,
     environment: Environment,
+    tasks: Mapping[str, Task],
 ) -> JsonObject:
-    """The input document for one page of a listing's answer."""
+    """The input document for one page of a listing's answer; `tasks` are those remembered."""
     document = _common(operation, Target("listing", listing.kind), actor, environment)
-    document["listing"] = {"kind": listing.kind, "items": [_slim(listing, each) for each in items]}
+    slim = [_slim(listing, each, tasks) for each in items]
+    document["listing"] = {"kind": listing.kind, "items": slim}
     return document
 
 
@@ -218,10 +222,13 @@ def _completion(operation: Operation, target: Target, facts: Facts) -> JsonObjec
 
 
 def _task(operation: Operation, target: Target, facts: Facts) -> JsonObject:
-    task = facts.task
+    return _known_task(target.name, facts.task)
+
+
+def _known_task(task_id: str, task: Task | None) -> JsonObject:
     if task is None:
-        return {"id": target.name, "known": False}
-    return {"id": target.name, "known": True, "tool": task.tool, "owner": list(task.owner)}
+        return {"id": task_id, "known": False}
+    return {"id": task_id, "known": True, "tool": task.tool, "owner": list(task.owner)}
 
 
 def _sampling(operation: Operation, target: Target, facts: Facts) -> JsonObject:
@@ -244,7 +251,7 @@ def _elicitation(operation: Operation, target: Target, facts: Facts) -> JsonObje
 
 
 def _subscription(operation: Operation, target: Target, facts: Facts) -> JsonObject:
-    return {"name": target.name}
+    return _present(name=target.name, kind=target.kind)
 
 
 def _method(operation: Operation, target: Target, facts: Facts) -> JsonObject:
@@ -274,14 +281,14 @@ def _resource(operation: Operation, target: Target, facts: Facts) -> JsonObject:
     """
     try:
         parts = urlsplit(target.name)
-        path, host = unquote_to_bytes(parts.path).decode("utf-8"), parts.hostname or ""
+        path = unquote_to_bytes(parts.path).decode("utf-8")
     except ValueError:
         return {"uri": target.name, "scheme": "", "host": "", "path": "", "normal": False}
     clean = _without_dots(path)
     return {
         "uri": target.name,
         "scheme": parts.scheme.lower(),
-        "host": host,
+        "host": parts.netloc.lower(),
         "path": clean,
         "normal": clean == path and not _TWO_READINGS.search(target.name),
     }
@@ -308,8 +315,11 @@ _OBJECTS: Mapping[str, Callable[[Operation, Target, Facts], JsonObject]] = {
 }
 
 
-def _slim(listing: Listing, item: JsonObject) -> JsonObject:
-    target = {"type": listing.item_target, "name": item_name(listing, item) or ""}
+def _slim(listing: Listing, item: JsonObject, tasks: Mapping[str, Task]) -> JsonObject:
+    name = item_name(listing, item) or ""
+    target = {"type": listing.item_target, "name": name}
+    if listing.kind == "tasks":
+        return {"target": target, "task": _known_task(name, tasks.get(name))}
     if listing.kind != "tools":
         return {"target": target}
     annotations = item.get("annotations")
