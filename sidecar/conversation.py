@@ -172,7 +172,7 @@ class Server:
         """What is known of a target, for the input document."""
         return document.Facts(
             tool=self.catalog.look_up(target.name) if target.type == "tool" else Lookup(None),
-            task=self.tasks.get(target.name) if target.type == "task" else None,
+            task=self.tasks.get(target.name) if "task" in (target.type, target.kind) else None,
             round=self._round(operation),
         )
 

@@ -65,6 +65,7 @@ class Judge:
             enforcement.page_items(response, listing),
             call.actor,
             self._environment(conversation, call),
+            tasks=conversation.server.tasks,
         )
         try:
             decision = await self._query(call, question, self._listing_deadline)

@@ -97,6 +97,7 @@ def build_listing(
     items: list[JsonObject],
     actor: Actor,
     environment: Environment,
+    *,
     tasks: Mapping[str, Task],
 ) -> JsonObject:
     """The input document for one page of a listing's answer; `tasks` are those remembered."""

@@ -75,10 +75,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an action acts on: a type of `design` and a name."""
+    """What an action acts on: its type and its name; `kind` says what a subscription is to."""
 
     type: str
     name: str
+    kind: Literal["resource", "task", "listing"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,16 +390,27 @@ def _subscription(row: Method, message: Request | Notification) -> tuple[Target,
     wanted = (message.params or {}).get("notifications", {})
     if not isinstance(wanted, dict):
         raise _bad_params(message, "params.notifications must be an object")
-    names: list[str] = []
+    targets: list[Target] = []
     for key, value in wanted.items():
-        if isinstance(value, list) and all(isinstance(each, str) for each in value):
-            names += value
-        elif value is True:
-            names.append(key)
-        elif value is not False:
-            problem = f"params.notifications.{key} must be a list of strings or a boolean"
-            raise _bad_params(message, problem)
-    return tuple(Target("subscription", each) for each in names) or (Target("subscription", "-"),)
+        if key in _LISTENED and isinstance(value, list):
+            targets += [_listened(message, key, each) for each in value]
+        elif key not in _LISTENED and isinstance(value, bool):
+            targets += [Target("subscription", key, "listing")] if value else []
+        else:
+            raise _bad_params(message, f"params.notifications.{key} is nothing to listen to")
+    return tuple(targets) or (Target("subscription", "-", "listing"),)
+
+
+_LISTENED: Mapping[str, Literal["resource", "task"]] = {
+    "resourceSubscriptions": "resource",
+    "taskIds": "task",
+}
+
+
+def _listened(message: Request | Notification, key: str, name: object) -> Target:
+    if not isinstance(name, str) or _CONTROL.search(name):
+        raise _bad_params(message, f"params.notifications.{key} must list plain strings")
+    return Target("subscription", name, _LISTENED[key])
 
 
 def _elicitation(row: Method, message: Request | Notification) -> tuple[Target, ...]:

@@ -77,11 +77,13 @@ class _Counted:
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.taken += len(spans)
-        self.failed += len(spans)
-        result = self._exporter.export(spans)
-        if result is self._success:
-            self.failed -= len(spans)
-        return result
+        result = None
+        try:
+            result = self._exporter.export(spans)
+            return result
+        finally:
+            if result is not self._success:
+                self.failed += len(spans)
 
     def shutdown(self) -> None:
         self._exporter.shutdown()
