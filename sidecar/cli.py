@@ -239,6 +239,7 @@ async def _core(settings: Settings) -> AsyncIterator[Core]:
 
             audit = Audit.open(settings.audit, stream=2 if settings.mode == "stdio" else 1)
             stack.callback(audit.close)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, audit.reopen)
             recorders = (audit, traces)
         pipeline = Pipeline(
             decider=decider,

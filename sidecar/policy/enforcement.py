@@ -39,6 +39,8 @@ INTERNAL = -32603
 LISTING_TTL_MS = 2000
 """The longest that a client may keep a filtered list: a policy edit is in force within as much."""
 
+TRACE_CONTEXT = frozenset({"traceparent", "tracestate", "baggage"})
+
 _MINT: Final = object()
 
 
@@ -270,13 +272,17 @@ def _private(result: JsonObject) -> JsonObject:
 def _with_trace(
     message: Request | Notification, carrier: Mapping[str, str]
 ) -> Request | Notification:
-    """The message with the trace context in `params._meta` (SEP-414). Params are never invented."""
+    """The message with the trace context in `params._meta` (SEP-414). Params are never invented.
+
+    What the client sent of a trace is taken out first: the part of it that was good is in `carrier`.
+    """
     if not carrier or message.params is None:
         return message
     meta = message.params.get("_meta", {})
     if not isinstance(meta, dict):
         return message
-    return replace(message, params={**message.params, "_meta": {**meta, **carrier}})
+    others = {key: value for key, value in meta.items() if key not in TRACE_CONTEXT}
+    return replace(message, params={**message.params, "_meta": {**others, **carrier}})
 
 
 def _shown(reason: Reason, rules: Rules) -> JsonObject:

@@ -9,7 +9,9 @@ Sources: OpenTelemetry, "Environment Variable Specification", "OTLP Exporter Con
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
@@ -28,9 +30,16 @@ if TYPE_CHECKING:
 MAX_QUEUE = 2048
 CONSOLE_DELAY_MS = 200.0
 
+QUIET = 60.0
+
 _QUEUE_SIZE = "OTEL_BSP_MAX_QUEUE_SIZE"
 _METRICS_EXPORTER = "OTEL_METRICS_EXPORTER"
 _METRICS_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+
+_LOGGERS = tuple(
+    f"opentelemetry.exporter.otlp.proto.{name}"
+    for name in ("http.trace_exporter", "http.metric_exporter", "grpc.exporter")
+)
 
 
 class Queue:
@@ -92,6 +101,22 @@ class _Counted:
         return self._exporter.force_flush(timeout_millis)
 
 
+class Seldom(logging.Filter):
+    """One line a minute: a collector that stays away is news once, not with every retry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = float("-inf")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a minute has passed since the last line."""
+        now = time.monotonic()
+        if now - self._last < QUIET:
+            return False
+        self._last = now
+        return True
+
+
 def queue(settings: Settings, environ: Mapping[str, str]) -> Queue | None:
     """The way out that the settings name; None when they name none.
 
@@ -141,6 +166,8 @@ def resource(settings: Settings, version: str) -> Resource:
 
 
 def _otlp(settings: Settings) -> SpanExporter:
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(Seldom())
     if settings.protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
 

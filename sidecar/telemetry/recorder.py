@@ -85,7 +85,8 @@ class Telemetry:
         The SDK waits half a minute for a dead collector, so it does so in threads that end with the
         process.
         """
-        threads = [threading.Thread(target=each, daemon=True) for each in self._closing]
+        closing, self._closing = self._closing, ()
+        threads = [threading.Thread(target=each, daemon=True) for each in closing]
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + within

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from sidecar.errors import HeaderMismatch, MalformedMessage, ProtocolError
+from sidecar.policy.enforcement import TRACE_CONTEXT
 
 HOP_BY_HOP = frozenset(
     {
@@ -27,7 +28,6 @@ HOP_BY_HOP = frozenset(
     }
 )
 REWRITTEN = frozenset({"host", "origin", "content-length", "content-type", "accept-encoding"})
-TRACE_CONTEXT = frozenset({"traceparent", "tracestate", "baggage"})
 MODERN_ONLY = ("mcp-method", "mcp-name", "mcp-param-")
 SINGLE = ("host", "origin", "content-type", "content-length", "authorization", "mcp-session-id")
 ROUTING = ("mcp-protocol-version", "mcp-method", "mcp-name")

@@ -27,6 +27,7 @@ from sidecar.errors import (
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import (
     INTERNAL,
+    TRACE_CONTEXT,
     AnswerServer,
     Deliver,
     Drop,
@@ -479,7 +480,7 @@ def _media_type(response: ClientResponse) -> str:
 
 
 def _trace_headers(request: web.Request) -> dict[str, str]:
-    return {name: request.headers[name] for name in rules.TRACE_CONTEXT if name in request.headers}
+    return {name: request.headers[name] for name in TRACE_CONTEXT if name in request.headers}
 
 
 async def serve(

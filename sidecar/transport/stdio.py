@@ -138,7 +138,9 @@ class StdioProxy:
         self._limits = limits
         self._stdin = stdin
         self._stdout = stdout
-        self._tasks = Tasks(MAX_TASKS)
+        # A pool for each direction: messages that wait for a server which does not read must not
+        # keep what it says from being read.
+        self._inbound, self._outbound = Tasks(MAX_TASKS), Tasks(MAX_TASKS)
         self._own: dict[RequestId, asyncio.Future[Response]] = {}
         self._delivered = asyncio.Event()
 
@@ -157,7 +159,8 @@ class StdioProxy:
             for task in (reading, serving, stop):
                 task.cancel()
             await asyncio.gather(reading, serving, stop, return_exceptions=True)
-            await self._tasks.cancel()
+            await self._inbound.cancel()
+            await self._outbound.cancel()
             self._pipeline.close(self._conversation)
 
     async def _finish(self, reading: asyncio.Task[None], *, answers_too: bool) -> None:
@@ -168,7 +171,7 @@ class StdioProxy:
         reading.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain):
-                await self._tasks.settle(self._limits.drain)
+                await self._inbound.settle(self._limits.drain)
                 while answers_too and len(self._conversation.calls) and not self._child.gone:
                     self._delivered.clear()
                     await self._delivered.wait()
@@ -177,7 +180,7 @@ class StdioProxy:
         """Bring the server down, pass on what it still says, and answer for it what it did not."""
         code = await self._child.stop()
         await asyncio.wait({serving}, timeout=TERM_GRACE)
-        await self._tasks.settle(self._limits.drain)
+        await self._outbound.settle(self._limits.drain)
         self._fail_waiting(UpstreamError(f"the server exited with {code}", sent=True))
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(TERM_GRACE):
@@ -207,7 +210,7 @@ class StdioProxy:
         except MalformedMessage as error:
             self._refuse(error)
             return
-        await self._tasks.spawn(self._from_client(message))
+        await self._inbound.spawn(self._from_client(message))
 
     def _refuse(self, error: ProtocolError) -> None:
         self._pipeline.malformed(error)
@@ -289,7 +292,7 @@ class StdioProxy:
             if not own.done():
                 own.set_result(message)
             return
-        await self._tasks.spawn(self._from_server(message, frame))
+        await self._outbound.spawn(self._from_server(message, frame))
 
     async def _from_server(self, message: Message, frame: bytes) -> None:
         try:

@@ -1,0 +1,168 @@
+"""Every command of README.md does what it says, with its addresses and folders put in place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support import client as clients
+from tests.support.client import MODERN
+from tests.support.processes import (
+    LISTENING,
+    ROOT,
+    Process,
+    desk,
+    environment,
+    get,
+    sidecar,
+    ticket_desk,
+)
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+UPSTREAM = "http://127.0.0.1:8080/mcp"
+
+
+def block(kind: str, about: str) -> str:
+    """The block of that kind that speaks of `about`."""
+    (found,) = [text for language, text in BLOCKS if language == kind and about in text]
+    return str(found)
+
+
+def commands() -> list[str]:
+    """The shell commands in blocks that name no language, joined where a line goes on."""
+    text = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ")
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    known = ("make ", "mcp-sidecar ", "cp ")
+    return [" ".join(line.split()) for line in lines if line.startswith(known)]
+
+
+class Newcomer:
+    """Somebody who follows the README in a folder of their own, with a server that runs."""
+
+    def __init__(self, folder: Path, opa: Path, upstream: str) -> None:
+        self.folder, self.env, self.upstream = folder, environment(opa), upstream
+        (folder / "policies").symlink_to(ROOT / "policies")
+        self.run(shlex.split(COPY))
+        (folder / "sidecar.yaml").write_text(
+            block("yaml", "sidecar.yaml").replace(UPSTREAM, upstream).replace(":15801", ":0")
+        )
+
+    def run(self, words: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            words, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+
+    def sidecar(self, command: str) -> list[str]:
+        """The command as it stands, on ports and in folders that are ours."""
+        placed = command.replace(UPSTREAM, self.upstream).replace(":15801", ":0")
+        placed = placed.replace("./policy", str(self.folder / "policy"))
+        placed = placed.replace("sidecar.yaml", str(self.folder / "sidecar.yaml"))
+        return sidecar(*shlex.split(placed)[1:])
+
+    def config(self) -> None:
+        """The file names its policy by a path relative to where the command is run."""
+        file = self.folder / "sidecar.yaml"
+        file.write_text(file.read_text().replace("./policy", str(self.folder / "policy")))
+
+
+COPY = "cp -r policies/starter ./policy"
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path, opa_bin: Path) -> Newcomer:
+    return Newcomer(tmp_path, opa_bin, UPSTREAM)
+
+
+def make_target(newcomer: Newcomer, command: str) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", *shlex.split(command)[1:]],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if "OTLP=" in command:
+        assert "--otlp 'http://localhost:4318'" in done.stdout
+
+
+def copies(newcomer: Newcomer, command: str) -> None:
+    assert (newcomer.folder / "policy" / "data.yaml").exists()
+
+
+def listens(newcomer: Newcomer, command: str) -> None:
+    with ticket_desk(newcomer.folder / "log") as server:
+        newcomer.upstream = server.url
+        newcomer.config()
+        words = [*newcomer.sidecar(command), "--admin", "127.0.0.1:0"]
+        with Process(words, env=newcomer.env) as process:
+            url = process.wait_for(LISTENING)[1]
+            assert get(url.rpartition("/")[0] + "/nothing-here")[0] == 404
+
+
+def checks(newcomer: Newcomer, command: str) -> None:
+    done = newcomer.run(newcomer.sidecar(command))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["opa"]["policy"].endswith("/policy")
+
+
+RUN: dict[str, Callable[[Newcomer, str], None]] = {
+    "make demo": make_target,  # run by test_demo.py
+    "make test": make_target,  # what runs this
+    "make demo OTLP=http://localhost:4318": make_target,
+    COPY: copies,
+    "mcp-sidecar check --policy ./policy": checks,
+    "mcp-sidecar http --policy ./policy --actor service:reporting --listen 127.0.0.1:15801 "
+    "--upstream http://127.0.0.1:8080/mcp": listens,
+    "mcp-sidecar http --config sidecar.yaml --otlp http://localhost:4318": listens,
+}
+
+
+def test_every_command_of_the_readme_is_run_here() -> None:
+    assert set(commands()) == set(RUN)
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_of_the_readme_works(newcomer: Newcomer, command: str) -> None:
+    RUN[command](newcomer, command)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)`", README))))
+def test_make_targets_that_the_readme_speaks_of_exist(target: str) -> None:
+    make_target_of = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, timeout=60, check=False
+    )
+    assert make_target_of.returncode == 0
+
+
+async def test_the_client_configuration_wraps_a_server(newcomer: Newcomer) -> None:
+    configured = json.loads(block("json", "mcpServers"))["mcpServers"]["tickets"]
+    assert configured["command"] == "/path/to/mcp-sidecar"
+    cut = configured["args"].index("--")
+    before = [
+        str(newcomer.folder / "policy") if word == "/path/to/policy" else word
+        for word in configured["args"][:cut]
+    ]
+    server = desk(newcomer.folder / "log", "--transport", "stdio")
+    command = [sys.executable, "-m", "sidecar", *before, "--", *server]
+    async with clients.over_stdio(command, MODERN, env=newcomer.env) as client:
+        assert "search_tickets" in await clients.tools_of(client)
+
+
+def test_the_policy_shown_is_one_that_passes_the_check(newcomer: Newcomer) -> None:
+    shown = block("yaml", "support-bot:\n          refunds")
+    assert yaml.safe_load(shown)["mcp"]["grants"]["agents"]
+    (newcomer.folder / "policy" / "data.yaml").write_text(shown, encoding="utf-8")
+    checks(newcomer, "mcp-sidecar check --policy ./policy")
+
+
+def test_files_that_the_readme_links_to_exist() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
