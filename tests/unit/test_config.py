@@ -1,0 +1,598 @@
+"""Settings: what each source says, which wins, and what is refused in which words."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar import config
+from sidecar.config import KEYS, Mode, Record, Settings, describe
+from sidecar.errors import ConfigError, NotSupported
+from sidecar.policy.identity import UNKNOWN
+
+SCHEMA: dict[str, Any] = json.loads(
+    Path(config.__file__).with_name("config.schema.json").read_text("utf-8")
+)
+STATIC = {"type": "agent", "id": "bot", "on_behalf_of": {"type": "human", "id": "ann"}}
+HTTP = {"listen": "127.0.0.1:0", "upstream": "http://tickets:9000/mcp"}
+
+# One value per key that is not its default: each has to change the settings.
+GROUPS: Mapping[str, Any] = yaml.safe_load("""
+    server: {name: tickets}
+    upstreams: [{name: a, path: /a, url: 'http://a:1/mcp'}, {url: 'https://b/mcp'}]
+    listen: 127.0.0.1:8080
+    admin: 'off'
+    policy: {dir: other, opa: 'unix:///run/mcp-opa/opa.sock', binary: /opt/opa, deadline: 0.25,
+      listing_deadline: 1, poll: 0.1, canary: 5}
+    identity: {source: none, static_for_all: true, static: {type: agent, id: bot, groups: [bots],
+      scopes: ['a:b'], claims: {team: [1]}, on_behalf_of: {type: human, id: ann}}}
+    enforcement: {shadow: allowed, disclose: codes, denial: result}
+    limits: {client_message: 2048, server_message: 4096, nesting: 32, calls_in_flight: 7,
+      sessions: 8, connect: 1.5, response: 30, drain: 0, catalog: 1}
+    protocol: {big_integers: pass, methods: [vendor/ping]}
+    http: {hosts: [tickets.example, '[::1]'], forward_authorization: false,
+      origins: ['https://app.example:8443', 'vscode-webview://abc']}
+    telemetry: {otlp: 'http://collector:4318', protocol: grpc, exporter: console, ratio: 0.1,
+      service_name: desk}
+    audit: {path: '-', sync: true}
+    pod: {name: tickets-7c9, namespace: support, service_account: tickets}
+    log: {format: json, level: debug}
+""")
+EXAMPLES: Mapping[str, Any] = {
+    f"{group}.{key}" if key else group: value
+    for group, said in GROUPS.items()
+    for key, value in (said.items() if isinstance(said, dict) else [("", said)])
+}
+# Values that are right for some key, and wrong for most.
+ODD: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 0.5, 64, 128.5, 10**12, "", " ", "x", "0", "off", "none", "all"),
+    *("0.0.0.0:80", ":80", "80", "[::1]:0", "[::1]", "::1", "h", "h:65535", "h:65536", "h:", "a/b"),
+    *("http://h", "http://h/sse", "http://h/sse/", "http://h/p?q", "http://h/#f", "http://u@h/"),
+    *("https://h:65536", "https://[::1]:1/a@b", "http://", "http://:80", "http:// h", "ftp://h"),
+    *("unix:///a/b", "unix:///", "unix:///a/", "unix:a", "unix://h/a", "unix-stdio:///a", "stdout"),
+    *([], {}, ["a"], ["a", "a"], [1], [""], ["A b"], ["https://a.example"], ["*"], [None]),
+    *({"a": 1}, [[]], [{}], {"b": None}),
+    *([{"url": "http://h/mcp"}], [{"url": "http://h/sse"}], [{"name": "a"}], [{"url": 1}]),
+    *([{"url": "http://h", "path": path} for path in ("a", "/a/", "//a", "/a/..", "/%61", "/a?b")]),
+    [{"url": "http://h", "transport": "sse"}],
+    *({"type": kind, "id": name} for kind in ("human", "unknown", 1) for name in ("x", "", None)),
+    *({"type": "agent"}, {"id": "x"}, {**STATIC, "groups": "bots"}, {**STATIC, "issuer": "me"}),
+    *({**STATIC, "on_behalf_of": who} for who in (None, STATIC, {"type": "human", "id": "ann"})),
+)  # fmt: skip
+
+
+def load(
+    document: str | Mapping[str, Any] | None = None,
+    *,
+    mode: Mode = "stdio",
+    environ: Mapping[str, str] | None = None,
+    **flags: Any,
+) -> Settings:
+    """Load `document` as the file, with a server and a policy unless the test names its own."""
+    if document is not None:
+        flags["config"] = "sidecar.yaml"
+    if mode == "stdio":
+        flags.setdefault("command", ("server",))
+    if mode == "http" and not flags.get("command"):
+        flags = {**HTTP, **flags}
+    text = document if isinstance(document, str) else json.dumps(document)
+    return config.load(mode=mode, flags=flags, environ=environ or {}, read=lambda _: text)
+
+
+def with_policy(document: str | Mapping[str, Any] | None = None, **more: Any) -> Settings:
+    return load(document, **{"policy": "policies", **more})
+
+
+def problems(document: str | Mapping[str, Any] | None = None, **more: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        with_policy(document, **more)
+    return caught.value.problems
+
+
+def alone(*paths: str) -> dict[str, Any]:
+    """The flag that says who decides, unless one of `paths` does."""
+    return {} if {"policy.dir", "policy.opa"} & set(paths) else {"opa": "http://o"}
+
+
+def at(path: str, value: Any) -> dict[str, Any]:
+    group, _, key = path.partition(".")
+    return {group: {key: value} if key else value}
+
+
+def entries(text: str) -> list[tuple[str, str]]:
+    """A table: `left -> right` each, of which what is indented deeper continues the line above."""
+    lines = re.sub(r"\n {9,}", " ", text).strip("\n ").splitlines()
+    pairs = [line.strip().split("-> ", 1) for line in lines]
+    return [(left.strip(), right) for left, right in pairs]
+
+
+def understood(said: str) -> dict[str, Any]:
+    """`--flag=TEXT`, `file={YAML}`, and variables, of which only those of others have a prefix."""
+    found: dict[str, Any] = {"environ": {}}
+    for name, text in (each.split("=", 1) for each in said.split()):
+        if name == "file":
+            found["document"] = text.replace(":", ": ").replace(": //", "://")
+        elif name.startswith("--"):
+            found[name[2:]] = text
+        else:
+            ours = not name.startswith(("OTEL_", "POD_N", "POD_S", "HOME", "MCP_"))
+            found["environ"]["MCP_SIDECAR_" * ours + name] = text
+    return found
+
+
+def assert_set(said: str, expected: str) -> None:
+    shown = describe(with_policy(**understood(said)))
+    for path, text in (each.split("=", 1) for each in expected.split()):
+        found: Any = shown
+        for step in path.split("."):
+            found = found[int(step) if step.isdigit() else step]
+        assert str(found) == text, path
+
+
+def rules(schema: Mapping[str, Any] = SCHEMA, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The path and the rule of each key that the schema knows, down to those of records."""
+    for name, rule in schema.get("properties", {}).items():
+        whole = {**rule, **SCHEMA["$defs"].get(rule.get("$ref", "").removeprefix("#/$defs/"), {})}
+        below = list(rules(whole.get("items", whole), f"{above}{name}."))
+        if not below or f"{above}{name}" in KEYS or above.count("."):
+            yield f"{above}{name}", {**whole, **rule}
+        yield from below
+
+
+def table(keys: Mapping[str, Any] = KEYS, above: str = "") -> Iterator[str]:
+    for name, key in keys.items():
+        yield above + name
+        one = key[0] if isinstance(key, list) else key
+        if isinstance(one, Record):
+            yield from table(one.keys, f"{above}{name}.")
+
+
+# ── The table and the schema ──────────────────────────────────────────────────────────────────────
+
+
+@cache
+def validator() -> Any:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    return jsonschema.Draft202012Validator(SCHEMA)
+
+
+def accepted(document: Mapping[str, Any]) -> bool:
+    """Whether `load` takes it, with all that the schema can not ask for given by flags."""
+    policy = document.get("policy")
+    flags = alone(*(f"policy.{key}" for key in (policy if isinstance(policy, dict) else ())))
+    if "identity" in document:
+        flags["actor"] = "agent:x"
+    try:
+        load(document, mode="check", **flags)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_the_table_and_the_schema_have_the_same_keys() -> None:
+    assert sorted(table()) == sorted(path for path, _ in rules())
+
+
+def test_every_property_of_the_schema_is_described() -> None:
+    described = {path for path, rule in rules() if rule.get("description", "").endswith(".")}
+    assert described == {path for path, _ in rules()}
+    assert all(group["description"] for group in SCHEMA["properties"].values())
+
+
+def test_the_schema_promises_the_defaults_that_are_used() -> None:
+    used = describe(with_policy())
+    groups = {**used, "policy": used["opa"], "log": {"level": used["log_level"]}}
+    promised = {p: rule["default"] for p, rule in rules() if "default" in rule and p in KEYS}
+    for path, default in promised.items():
+        group, _, key = path.partition(".")
+        found = groups[group][key]
+        assert (list(found) if isinstance(found, tuple) else found) == default, path
+    assert len(promised) > 25
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_the_table_and_the_schema_agree_on_each_value(path: str) -> None:
+    for value in (*ODD, *EXAMPLES.values()):
+        document = at(path, value)
+        assert accepted(document) == validator().is_valid(document), document
+
+
+@pytest.mark.parametrize(("path", "rule"), [(p, r) for p, r in rules() if "minimum" in r])
+def test_bounds_belong_to_the_range(path: str, rule: Mapping[str, Any]) -> None:
+    low, high = rule["minimum"], rule["maximum"]
+    for value, good in ((low, True), (high, True), (low - 0.001, False), (high + 1, False)):
+        assert accepted(at(path, value)) is validator().is_valid(at(path, value)) is good
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*{path.partition(".")[0] for path in KEYS}, "polcy"]),
+        st.dictionaries(
+            st.sampled_from([path.partition(".")[2] or path for path in KEYS]), st.sampled_from(ODD)
+        )
+        | st.sampled_from(ODD),
+        max_size=3,
+    )
+)
+def test_what_the_schema_refuses_is_refused(document: dict[str, Any]) -> None:
+    if not validator().is_valid(document):
+        assert not accepted(document)
+
+
+def test_each_key_changes_the_settings() -> None:
+    assert set(EXAMPLES) == set(KEYS)
+    plain = describe(load(mode="check", opa="http://o"))
+    for path, value in EXAMPLES.items():
+        if path != "identity.source":  # says in a word what `static` says by being there
+            found = describe(load(at(path, value), mode="check", **alone(path)))
+            assert found != plain, path
+
+
+# ── Which source wins ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_but_a_policy_and_a_command_is_needed() -> None:
+    settings = with_policy(command=("/usr/bin/desk", "--token", "s3cret"))
+    assert settings == Settings(
+        mode="stdio",
+        command=("/usr/bin/desk", "--token", "s3cret"),
+        server_name="desk",
+        opa=config.Opa(Path("policies"), tools=Path("/nonexistent/.cache/mcp-opa-sidecar/bin")),
+    )
+    assert settings.identity.actor is UNKNOWN
+
+
+def test_a_flag_wins_over_a_variable_and_that_over_the_file_and_that_over_others() -> None:
+    document = {"telemetry": {"service_name": "file"}, "audit": {"path": "file"}}
+    others = {"OTEL_SERVICE_NAME": "other"}
+    own = {"MCP_SIDECAR_TELEMETRY__SERVICE_NAME": "own", "MCP_SIDECAR_AUDIT__PATH": "long"}
+    assert with_policy(environ=others).telemetry.service_name == "other"
+    assert with_policy(document, environ=others).telemetry.service_name == "file"
+    assert with_policy(document, environ={**others, **own}).telemetry.service_name == "own"
+    assert with_policy(document, environ=own).audit.path == "long"
+    own["MCP_SIDECAR_AUDIT"] = "short"
+    assert with_policy(document, environ=own).audit.path == "short"
+    assert with_policy(document, environ=own, audit="flag").audit.path == "flag"
+    assert with_policy(shadow=True).enforcement.shadow == "all"
+
+
+def test_a_flag_has_a_variable_of_its_name() -> None:
+    said = (
+        "opa=http://127.0.0.1:8181 policy=elsewhere actor=agent:a:b audit=- otlp=http://c:4318 "
+        "admin=127.0.0.1:9 shadow=all listen=127.0.0.1:1 upstream=http://tickets/mcp"
+    )
+    for flag, text in (each.split("=") for each in said.split()):
+        more: dict[str, Any] = {} if flag in ("opa", "policy") else {"policy": "p"}
+        by_flag = load(mode="check", **{**more, flag: text})
+        by_variable = load(mode="check", **more, environ={f"MCP_SIDECAR_{flag.upper()}": text})
+        assert by_flag == by_variable != load(mode="check", policy="p"), flag
+
+
+@pytest.mark.parametrize("path", [path for path, value in EXAMPLES.items() if path in KEYS])
+def test_each_scalar_has_a_variable(path: str) -> None:
+    value = EXAMPLES[path]
+    if isinstance(value, list | dict) or path == "identity.source":
+        return
+    name = "MCP_SIDECAR_" + path.upper().replace(".", "__")
+    text = value if isinstance(value, str) else json.dumps(value)
+    by_variable = load(mode="check", environ={name: text}, **alone(path))
+    assert by_variable == load(at(path, value), mode="check", **alone(path))
+
+
+def test_the_file_may_be_named_by_a_variable() -> None:
+    environ = {"MCP_SIDECAR_CONFIG": "/etc/sidecar.yaml"}
+    flags = {"policy": Path("p"), "command": ("x",)}
+    settings = config.load(
+        mode="stdio", flags=flags, environ=environ, read="log: {{level: debug}} # {}".format
+    )
+    assert settings.log_level == "debug"
+
+
+def test_service_links_of_kubernetes_are_not_ours() -> None:
+    links = {
+        "MCP_SIDECAR_SERVICE_HOST": "10.0.0.1",
+        "MCP_SIDECAR_WEBHOOK_SERVICE_PORT_HTTPS": "443",
+        "MCP_SIDECAR_PORT": "tcp://10.0.0.1:443",
+        "MCP_SIDECAR_PORT_443_TCP_ADDR": "10.0.0.1",
+    }
+    assert with_policy(environ=links) == with_policy()
+    assert len(problems(environ={**links, "MCP_SIDECAR_PORT": "8080"})) == 1
+
+
+# ── What becomes of it ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    entries("""
+        -> admin=None audit.path=None log_format=None opa.deadline=0.5 server_name=server
+        LIMITS__RESPONSE=null -> limits.response=None
+        LIMITS__RESPONSE=2.5 -> limits.response=2.5
+        file={limits:{response:5}} LIMITS__RESPONSE= -> limits.response=5
+        POD__NAME=007 SERVER__NAME=true -> pod.name=007 server_name=true
+        HOME=/h -> opa.tools=/h/.cache/mcp-opa-sidecar/bin opa.binary=None
+        HOME=/h CACHE=/c OPA_BIN=/b/opa -> opa.tools=/c/bin opa.binary=/b/opa
+        POD_NAME=n POD_NAMESPACE=s -> pod.name=n pod.namespace=s pod.service_account=None
+        file={pod:{name:f}} POD_NAME=n POD_SERVICE_ACCOUNT=a -> pod.name=f pod.service_account=a
+        file={enforcement:{shadow:allowed}} --shadow= -> enforcement.shadow=allowed
+        file={enforcement:{shadow:allowed}} --shadow=all -> enforcement.shadow=all
+        --admin=127.0.0.1 -> admin.host=127.0.0.1 admin.port=15820
+        --mode=http -> admin.host=127.0.0.1 admin.port=15820
+        --mode=http --admin=off -> admin=None
+        file={admin:off} --mode=http -> admin=None
+        --mode=http --admin=0.0.0.0:9 -> admin.host=0.0.0.0 admin.port=9
+        --mode=http --listen=localhost:0 -> listen.host=localhost listen.port=0
+        --mode=http --listen=127.0.0.1 -> listen.host=127.0.0.1 listen.port=15801
+        --mode=http --listen=[::1]:65535 -> listen.host=::1 listen.port=65535
+        --mode=http --listen=[::1] -> listen.host=::1 listen.port=15801
+        --mode=http --upstream=http://t:9/mcp -> upstreams.0.name=t upstreams.0.path=/mcp
+        --mode=http --upstream=http://t -> upstreams.0.path=/ upstreams.0.url=http://t
+        SERVER__NAME=desk --mode=http --upstream=https://t/ -> upstreams.0.name=desk
+        file={upstreams:[{url:'http://u'}]} --mode=http --upstream=http://t -> upstreams.0.name=t
+        file={upstreams:[{name:a,path:/a,url:'http://a/x'},{url:'https://b/y'}]} --mode=http
+            --upstream= -> upstreams.0.name=a upstreams.0.path=/a upstreams.0.url=http://a/x
+            upstreams.1.name=b upstreams.1.path=/y upstreams.1.url=https://b/y
+        file={upstreams:[{url:'http://u'}],listen:0.0.0.0} -> upstreams=() listen=None admin=None
+        file={identity:{static_for_all:true}} --mode=http --listen=0.0.0.0 --actor=agent:x
+            -> identity.static_for_all=True identity.actor.assurance=1 listen.host=0.0.0.0
+        --mode=http --listen=0.0.0.0 -> identity.actor.assurance=0 listen.host=0.0.0.0
+    """),
+)
+def test_what_is_said_is_what_is_set(said: str, expected: str) -> None:
+    assert_set(said, expected)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    entries("""
+        -> exporter=none ratio=1.0 protocol=http/protobuf
+        --otlp=http://c -> exporter=otlp otlp=http://c
+        ENDPOINT=http://c -> exporter=otlp otlp=None
+        TRACES_ENDPOINT=http://c/v1 -> exporter=otlp otlp=None
+        ENDPOINT=http://c --otlp=http://own -> exporter=otlp otlp=http://own
+        OTEL_TRACES_EXPORTER=console --otlp=http://c -> exporter=console
+        OTEL_TRACES_EXPORTER=none ENDPOINT=http://c -> exporter=none
+        OTEL_TRACES_EXPORTER=otlp -> exporter=otlp otlp=None
+        OTEL_SDK_DISABLED=TRUE --otlp=http://c -> exporter=none
+        OTEL_SDK_DISABLED=false --otlp=http://c -> exporter=otlp
+        PROTOCOL=grpc -> protocol=grpc
+        PROTOCOL=grpc TRACES_PROTOCOL=http/protobuf -> protocol=http/protobuf
+        OTEL_TRACES_SAMPLER=always_off -> ratio=0.0
+        OTEL_TRACES_SAMPLER=parentbased_always_on -> ratio=1.0
+        OTEL_TRACES_SAMPLER=parentbased_traceidratio OTEL_TRACES_SAMPLER_ARG=0.25 -> ratio=0.25
+        OTEL_TRACES_SAMPLER=traceidratio -> ratio=1.0
+        OTEL_TRACES_SAMPLER_ARG=0.25 -> ratio=1.0
+        OTEL_TRACES_SAMPLER=always_off TELEMETRY__RATIO=0.5 -> ratio=0.5
+    """),
+)
+def test_the_standard_variables_of_opentelemetry(said: str, expected: str) -> None:
+    said = re.sub(r"\b(TRACES_)?(ENDPOINT|PROTOCOL)=", r"OTEL_EXPORTER_OTLP_\g<0>", said)
+    assert_set(said, " ".join(f"telemetry.{each}" for each in expected.split()))
+
+
+def test_loopback_is_what_only_this_machine_can_reach() -> None:
+    near = ("127.0.0.1:1", "127.9.9.9:0", "[::1]:1", "localhost:1", "LOCALHOST:1")
+    far = ("0.0.0.0:1", "[::]:1", "10.1.2.3:1", "localhost.example:1", "127.1:1", "h:65535")
+    for text in near + far:
+        found = with_policy(mode="http", listen=text).listen
+        assert found
+        assert (found.loopback, str(found)) == (text in near, text)
+
+
+def test_an_address_has_to_name_a_host() -> None:
+    for text in (":15801", "15801", "::1", "a/b", "h:65536", "h:-1", "[x]:1", "h:1:2", "a b"):
+        [problem] = problems(mode="http", listen=text)
+        assert problem == (
+            "--listen: must be HOST:PORT that names its address, such as 127.0.0.1:15801 "
+            f'(this machine) or 0.0.0.0:15801 (everybody), not "{text}"'
+        )
+
+
+def test_a_static_actor_is_asserted_and_may_act_for_somebody() -> None:
+    document = at("identity.static", EXAMPLES["identity.static"])
+    actor = with_policy(document).identity.actor
+    assert actor.keys == ("static|bot", "static|ann")
+    assert (actor.assurance, actor.sources) == (1, ("static",))
+    assert actor.principal.groups == ("bots",)
+    assert actor.principal.scopes == ("a:b",)
+    assert actor.principal.claims == {"team": [1]}
+
+
+def test_an_actor_by_flag_acts_for_itself_whatever_the_file_says() -> None:
+    for document in (at("identity.static", STATIC), at("identity.source", "none")):
+        actor = with_policy(document, actor="service:a:b").identity.actor
+        assert [each.id for each in actor.chain] == ["a:b"]
+        assert actor.principal.type == "service"
+
+
+# ── What is refused ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    entries("""
+        polcy: {} -> polcy: is not known; did you mean 'policy'?
+        policy: {deadlin: 1} -> policy.deadlin: is not known; did you mean 'policy.deadline'?
+        shadow: all -> shadow: is not known; did you mean 'enforcement.shadow'?
+        catalog: {validate: true} -> catalog: is not known; did you mean 'limits.catalog'?
+        zzz: 1 -> zzz: is not known
+        limits: 5 -> limits: must be a mapping, not 5
+        limits: -> limits: must be a mapping, not null
+        policy: {poll: 0} -> policy.poll: must be a number from 0.01 to 60, not 0
+        policy: {poll: 1s} -> policy.poll: must be a number from 0.01 to 60, not "1s"
+        audit: {sync: yes} -> audit.sync: must be true or false, not "yes"
+        limits: {nesting: 9.5} -> limits.nesting: must be a whole number from 8 to 256, not 9.5
+        log: {level: warn} -> log.level: must be one of debug, info, warning, error, not "warn"
+        http: {hosts: [a, 'B']} -> http.hosts[1]: must be a name in lower case, no port, not "B"
+        http: {hosts: [a, a]} -> http.hosts: must be a list that says nothing twice, not ["a", "a"]
+        upstreams: [{url: http://a, pth: /}] -> upstreams[0].pth: is not known; did you mean 'path'?
+        upstreams: [{name: a}] -> upstreams[0]: needs the key 'url'
+        upstreams: [{url: http://a/x, path: /p}, {url: http://b, path: /p}]
+            -> upstreams: two have the same path
+        upstreams: [{url: http://a:1/x}, {url: http://a:2/y}] -> upstreams: two have the same name
+        upstreams: [{url: http://a/%78}]
+            -> upstreams[0]: must be an absolute path without '//', '.', '..' and '%', not "/%78"
+        identity: {static: {type: agent}} -> identity.static: needs the key 'id'
+        identity: {source: none, static: {type: agent, id: a}}
+            -> identity.static: but identity.source is none
+        identity: {source: static} -> identity.static (or --actor TYPE:ID) is needed
+        telemetry: {otlp: 'http://ann:s3cret@c'}
+            -> telemetry.otlp: must be http(s)://HOST[:PORT][/PATH] without credentials, query and
+            fragment, not "http://…@c"
+        policy: {opa: 'http://o'} -> policy.dir (--policy) and policy.opa (--opa) exclude each other
+    """),
+)
+def test_a_problem_in_the_file_is_told_with_its_path(document: str, problem: str) -> None:
+    assert problems(document, mode="check") == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("a: 1\nb: {\n", "line 3"),
+        ("log: {}\naudit: {}\nlog: {}\n", "line 3: a key that is no text, or stands twice"),
+        ("log:\n  level: info\n  level: debug\n", "line 3: a key that is no text, or stands twice"),
+        ("? [a]\n: 1\n", "line 1: a key that is no text"),
+        ("- a\n", 'must be a mapping, not ["a"]'),
+        ("a: 1\n---\nb: 2\n", "expected a single document"),
+        ("pod: &p {name: *p}", "recursion"),
+        ("log: {level: \x07}", "characters are not allowed"),
+    ],
+)
+def test_a_file_that_is_no_mapping_in_yaml_is_told_with_its_name(document: str, words: str) -> None:
+    [problem] = problems(document)
+    assert problem.startswith("sidecar.yaml: ")
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("not there"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")]
+)
+def test_a_file_that_can_not_be_read(error: Exception) -> None:
+    def read(_: Path) -> str:
+        raise error
+
+    with pytest.raises(ConfigError, match=r"^c\.yaml: "):
+        config.load(mode="stdio", flags={"config": "c.yaml"}, environ={}, read=read)
+
+
+@pytest.mark.parametrize("loader", ["CSafeLoader", "SafeLoader"])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, text) for text in ("off", "no", "2026-11-22", "1:30", ".nan", "nan")),
+        *(("'5'", "5"), ("!!str 5", "5"), ("5", 5), ("-0.5", -0.5), ("true", True), ("~", None)),
+        ("[a, {b: 1}]", ["a", {"b": 1}]),
+    ],
+)
+def test_yaml_is_read_as_editors_read_it(
+    monkeypatch: pytest.MonkeyPatch, loader: str, text: str, value: Any
+) -> None:
+    if loader == "SafeLoader":
+        monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
+    document = f"identity: {{static: {{type: human, id: a, claims: {{x: {text}}}}}}}"
+    assert with_policy(document).identity.actor.principal.claims == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    entries("""
+        --policy= -> no policy: --policy DIR (own OPA), or --opa URL|unix:///PATH, is needed
+        --opa=http://o -> policy.dir (--policy) and policy.opa (--opa) exclude each other
+        --policy= --opa=unix:/a -> --opa: must be a URL, or unix:///PATH of a socket, not "unix:/a"
+        --actor=bob -> --actor: must be human:ID, service:ID or agent:ID, not "bob"
+        --actor=root:a -> --actor: must be human:ID, service:ID or agent:ID, not "root:a"
+        --command= -> no server: stdio needs -- COMMAND [ARG…]
+        --mode=http --upstream= -> no server: http needs --upstream URL, or upstreams
+        --mode=http --listen= -> no address: http needs --listen HOST:PORT
+        --mode=http --listen=0.0.0.0 --actor=agent:x
+            -> listen: 0.0.0.0:15801 makes everybody the static actor; listen on 127.0.0.1, or set
+            identity.static_for_all
+        MCP_SIDECAR_SHADOOW=all
+            -> MCP_SIDECAR_SHADOOW: is not known; did you mean 'MCP_SIDECAR_SHADOW'?
+        MCP_SIDECAR_LIMITS__NESTING=x
+            -> MCP_SIDECAR_LIMITS__NESTING: must be a whole number from 8 to 256, not "x"
+        MCP_SIDECAR_TELEMETRY__RATIO=nan
+            -> MCP_SIDECAR_TELEMETRY__RATIO: must be a number from 0 to 1, not NaN
+        OTEL_TRACES_EXPORTER=zipkin
+            -> OTEL_TRACES_EXPORTER: must be one of otlp, console, none, not "zipkin"
+    """),
+)
+def test_a_problem_of_a_flag_or_variable_is_told_by_its_name(said: str, problem: str) -> None:
+    assert problems(**understood(said)) == (problem,)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    document = {
+        "policy": {"deadline": "x", "dri": "p"},
+        "limits": {"nesting": 0, "drain": -1},
+        "upstreams": [{"name": 1, "url": "x"}, {"path": "y"}],
+        "http": {"hosts": ["A", "B"]},
+    }
+    found = problems(document, policy=None, mode="check", environ={"MCP_SIDECAR_X__Y": "1"})
+    assert " ".join(line.partition(": ")[0] for line in found) == (
+        "policy.deadline policy.dri limits.nesting limits.drain upstreams[0].name upstreams[0].url "
+        "upstreams[1].path upstreams[1] http.hosts[0] http.hosts[1] MCP_SIDECAR_X__Y no policy"
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "flags", "words"),
+    [
+        ("identity: {source: jwt}", {}, "identity.source: the source 'jwt'"),
+        ("identity: {jwt: {issuer: x}}", {}, "identity.jwt: 'jwt'"),
+        ("identity: {mtls: {}}", {}, "identity.mtls: 'mtls'"),
+        ("upstreams: [{url: http://a/sse}]", {}, "upstreams[0].url: the legacy HTTP+SSE transport"),
+        ("upstreams: [{url: http://a, transport: sse}]", {}, "upstreams[0].transport: a choice"),
+        ("", {"mode": "http", "upstream": "unix-stdio:///s"}, "--upstream: unix-stdio://"),
+        ("", {"mode": "http", "upstream": "http://a/sse"}, "--upstream: the legacy HTTP+SSE"),
+        ("", {"mode": "http", "command": ("x",), "listen": "127.0.0.1"}, "http -- COMMAND"),
+        ("", {"upstream": "http://a"}, "stdio --upstream URL"),
+        ("upstreams: [{url: http://a}]", {"command": ()}, "stdio --upstream URL"),
+    ],
+)
+def test_what_is_not_built_says_so_and_what_is(
+    document: str, flags: Mapping[str, Any], words: str
+) -> None:
+    with pytest.raises(NotSupported) as caught:
+        with_policy(document, **{"mode": "stdio", **flags})
+    [problem] = caught.value.problems
+    assert problem.startswith(words)
+    assert " is not there yet; supported: " in problem
+
+
+@given(st.text())
+def test_any_text_is_settings_or_a_configuration_error(text: str) -> None:
+    with suppress(ConfigError):
+        assert with_policy(text).opa.policy == Path("policies")
+
+
+# ── What it costs, and what it shows ──────────────────────────────────────────────────────────────
+
+
+def test_slow_imports_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    assert with_policy("log: {level: debug}").log_level == "debug"
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert with_policy(environ={"MCP_SIDECAR_LOG__LEVEL": "error"}).log_level == "error"
+
+
+def test_settings_can_be_shown_without_the_arguments_of_the_command() -> None:
+    settings = with_policy(at("identity.static", STATIC), command=("x", "s3cret"))
+    shown = json.dumps(describe(settings))
+    assert "s3cret" not in shown
+    assert describe(settings)["command"] == ["x", "…"]
+    assert describe(settings)["opa"]["policy"] == "policies"
+    assert '"id": "ann"' in shown
