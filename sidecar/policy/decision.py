@@ -89,22 +89,25 @@ def combine(decisions: Iterable[Decision]) -> Decision:
     """One decision for an action with several targets: the strictest of them.
 
     A refusal that nothing lifts comes before one that shadow mode may lift, and what all allow has
-    the obligations of all.
+    the obligations of all. Lifting one target's refusal must not lift another's obligations, so a
+    refusal beside obligations is enforced.
     """
     strictest, *others = sorted(decisions, key=_leniency)
-    if not strictest.allow or not others:
+    if not others:
         return strictest
-    together = tuple(chain(strictest.obligations, *(each.obligations for each in others)))
-    return replace(strictest, obligations=together)
+    binding = [each for each in (strictest, *others) if each.obligations]
+    if not strictest.allow:
+        enforced = any(each.mode == "enforce" for each in binding)
+        return replace(strictest, mode="enforce") if enforced else strictest
+    counting = binding or [strictest, *others]
+    together = tuple(chain.from_iterable(each.obligations for each in counting))
+    return replace(counting[0], obligations=together, mode=min(each.mode for each in counting))
 
 
 def _leniency(decision: Decision) -> int:
-    enforced = decision.mode == "enforce"
-    if decision.revoked:
-        return 0
-    if not decision.allow:
-        return 1 if enforced else 3
-    return 2 if decision.obligations and enforced else 4
+    if decision.allow:
+        return 3
+    return 0 if decision.revoked else (1 if decision.mode == "enforce" else 2)
 
 
 def _bool(key: str, value: Any) -> bool:

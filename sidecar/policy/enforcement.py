@@ -274,7 +274,7 @@ def _with_trace(
 ) -> Request | Notification:
     """The message with the trace context in `params._meta` (SEP-414). Params are never invented.
 
-    What the client sent of a trace is taken out first: the part of it that was good is in `carrier`.
+    What the client sent of a trace is taken out first: what of it was good is in `carrier`.
     """
     if not carrier or message.params is None:
         return message
