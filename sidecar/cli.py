@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sidecar.opa import OpaTracing, OwnOpa, Readiness
     from sidecar.pipeline import Pipeline
     from sidecar.telemetry import Telemetry
+    from sidecar.transport.exchange import Route
 
 log = logging.getLogger("sidecar")
 
@@ -381,7 +382,7 @@ async def _http(settings: Settings) -> int:
     async with _core(settings) as core, AsyncExitStack() as stack:
         proxy = HttpProxy(
             pipeline=core.pipeline,
-            routes=await _routes(settings, stack),
+            routes=await _routes(settings, core, stack),
             table=MethodTable.of(settings.protocol.methods),
             actor=settings.identity.actor,
             strictness=_strictness(settings),
@@ -403,10 +404,10 @@ async def _http(settings: Settings) -> int:
     return 0
 
 
-async def _routes(settings: Settings, stack: AsyncExitStack) -> dict[str, Any]:
+async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict[str, Route]:
     from sidecar.conversation import Server
-    from sidecar.protocol.session import Bounded
-    from sidecar.transport.http import Route
+    from sidecar.transport.exchange import Route, Sessions
+    from sidecar.transport.relay import HttpRelay
     from sidecar.transport.upstream import HttpUpstream
 
     routes = {}
@@ -419,7 +420,11 @@ async def _routes(settings: Settings, stack: AsyncExitStack) -> dict[str, Any]:
         )
         await upstream.start()
         stack.push_async_callback(upstream.stop)
-        routes[each.path] = Route(upstream, Server(each.name), Bounded(settings.limits.sessions))
+        routes[each.path] = Route(
+            HttpRelay(core.pipeline, upstream),
+            Server(each.name),
+            Sessions(settings.limits.sessions),
+        )
     return routes
 
 

@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 
 from sidecar.conversation import Ask, Conversation
-from sidecar.errors import UpstreamError
+from sidecar.errors import SidecarError
 from sidecar.policy import enforcement
 from sidecar.protocol.catalog import MAX_PAGES, Catalog, read_page, read_tool
 from sidecar.protocol.jsonrpc import JsonObject, Request, Response
@@ -55,7 +55,7 @@ async def learn(
             if server.learning is None or server.learning.done():
                 listing = _list_tools(server.catalog, operation, ask, version)
                 server.learning = asyncio.get_running_loop().create_task(listing)
-            await asyncio.shield(server.learning)
+            await asyncio.wait((server.learning,))
 
 
 async def _may_ask(conversation: Conversation, operation: Operation) -> bool:
@@ -74,7 +74,7 @@ async def _list_tools(catalog: Catalog, operation: Operation, ask: Ask, version:
         request = Request(f"mcp-opa-sidecar-{os.urandom(8).hex()}-{page}", "tools/list", params)
         try:
             response = await ask(enforcement.for_catalog(request))
-        except UpstreamError as error:
+        except SidecarError as error:
             log.warning("the server's tools could not be listed: %s", error)
             return
         if response.error is not None:

@@ -260,8 +260,7 @@ def _refuse_deep(value: Json, nesting: int) -> None:
         level = [item for each in level for item in _children(each)]
         if not level:
             return
-    if any(isinstance(each, (dict, list)) for each in level):
-        raise MalformedMessage(f"the message nests deeper than {nesting}")
+    raise MalformedMessage(f"the message nests deeper than {nesting}")
 
 
 def _children(value: Json) -> list[Json]:

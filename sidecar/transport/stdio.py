@@ -209,6 +209,7 @@ class StdioProxy:
             message = decode(refuse_raw_returns(frame), self._strictness)
         except MalformedMessage as error:
             self._refuse(error)
+            await self._let_client_read()
             return
         await self._inbound.spawn(self._from_client(message))
 
@@ -239,8 +240,14 @@ class StdioProxy:
                 await self._child.drain()
             case Reply(response):
                 self._to_client(response)
+                await self._let_client_read()
             case Drop():
                 pass
+
+    async def _let_client_read(self) -> None:
+        """Who does not read our refusals is not read on: they would fill the memory."""
+        with suppress(ConnectionError):
+            await self._stdout.drain()
 
     def _send(self, permitted: Permitted, call: Call | None) -> None:
         try:

@@ -1,7 +1,7 @@
 """`make bench`: what a call costs, as ratios of figures taken in one run on this machine.
 
-direct is client and server alone, pass-through the sidecar with a decider that says yes at once, full
-path the sidecar with its own OPA and the starter policy.
+direct is client and server alone, pass-through the sidecar with a decider that says yes at once,
+full path the sidecar with its own OPA and the starter policy.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ def http_table() -> None:
 
 
 def _http_rows(ports: dict[str, int]) -> None:
-    print(f"\n{'HTTP, tools/call':22}{'clients':>8}{'calls/s':>10}{'p50 ms':>9}{'p99 ms':>9}", end="")
-    print(f"{'rate':>8}{'p50':>8}   (ratios to direct)")
+    _heading("HTTP, tools/call", "clients")
     for clients in CLIENTS:
         taken: dict[str, list[Measured]] = {name: [] for name in ports}
         for _ in range(ROUNDS):
@@ -96,6 +95,11 @@ def _http_rows(ports: dict[str, int]) -> None:
         direct = best(taken["direct"])
         for name, rounds in taken.items():
             _row(name, clients, best(rounds), direct)
+
+
+def _heading(what: str, clients: str) -> None:
+    columns = f"{clients:>8}{'calls/s':>10}{'p50 ms':>9}{'p99 ms':>9}{'rate':>8}{'p50':>8}"
+    print(f"\n{what:22}{columns}   (ratios to direct)")
 
 
 def _row(name: str, clients: int, found: Measured, direct: Measured) -> None:
@@ -119,8 +123,7 @@ def _cpu_rows(port: int, sidecar: psutil.Process) -> None:
 def stdio_table() -> None:
     wrapped = [*SIDECAR, "stdio", "--policy", str(STARTER), "--actor", "human:ana", "--"]
     ways = {"direct": [*ECHO, "stdio"], "full path": [*wrapped, *ECHO, "stdio"]}
-    print(f"\n{'stdio, tools/call':22}{'at once':>8}{'calls/s':>10}{'p50 ms':>9}{'p99 ms':>9}", end="")
-    print(f"{'rate':>8}{'p50':>8}   (ratios to direct)")
+    _heading("stdio, tools/call", "at once")
     cold: dict[str, list[float]] = {name: [] for name in ways}
     for clients in CLIENTS:
         taken: dict[str, list[Measured]] = {name: [] for name in ways}

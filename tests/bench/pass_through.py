@@ -19,9 +19,10 @@ from sidecar.policy.enforcement import Rules
 from sidecar.policy.identity import Principal, static
 from sidecar.protocol.jsonrpc import FROM_CLIENT, JsonObject
 from sidecar.protocol.methods import MethodTable
-from sidecar.protocol.session import Bounded
 from sidecar.telemetry import Telemetry
-from sidecar.transport.http import HttpProxy, Route, serve
+from sidecar.transport.exchange import Route, Sessions
+from sidecar.transport.http import HttpProxy, serve
+from sidecar.transport.relay import HttpRelay
 from sidecar.transport.upstream import HttpUpstream
 
 
@@ -45,7 +46,9 @@ async def main(url: str) -> None:
     )
     proxy = HttpProxy(
         pipeline=pipeline,
-        routes={"/mcp": Route(upstream, Server("bench"), Bounded(limits.sessions))},
+        routes={
+            "/mcp": Route(HttpRelay(pipeline, upstream), Server("bench"), Sessions(limits.sessions))
+        },
         table=MethodTable.of(),
         actor=static(Principal("human", "ana", "static")),
         strictness=FROM_CLIENT,

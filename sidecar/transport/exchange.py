@@ -1,0 +1,96 @@
+"""What the front of an HTTP proxy and its back say to each other.
+
+The front (`transport.http`) takes requests in and has them judged; a `Backend` brings what was
+permitted to a server, of whatever kind, and its answers back to the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from sidecar.conversation import Ask, Call, Conversation, Origin, Server, Ticket
+from sidecar.policy.enforcement import Permitted
+from sidecar.protocol.session import Bounded
+
+
+class Sessions:
+    """The sessions of one route, each bound to the chain of principals that opened it."""
+
+    def __init__(self, most: int) -> None:
+        self._known: Bounded[str, tuple[Conversation, tuple[str, ...]]] = Bounded(most)
+
+    def open(self, session_id: str, conversation: Conversation, owner: tuple[str, ...]) -> None:
+        """Remember a session that a server has opened."""
+        conversation.lasting = True
+        conversation.session.id = session_id
+        self._known.remember(session_id, (conversation, owner))
+
+    def find(self, session_id: str, owner: tuple[str, ...]) -> Conversation | None:
+        """The session of that id and owner; None for one that is unknown or somebody else's."""
+        conversation, opened_by = self._known.get(session_id) or (None, ())
+        return conversation if opened_by == owner else None
+
+    def forget(self, conversation: Conversation) -> None:
+        """The session is over."""
+        if conversation.session.id is not None:
+            self._known.pop(conversation.session.id, None)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request: where it came from and the conversation that it belongs to.
+
+    `onward` gives the headers that go on to an HTTP server, with the trace context of a call.
+    """
+
+    request: web.Request
+    origin: Origin
+    conversation: Conversation
+    sessions: Sessions
+    modern: bool
+    onward: Callable[[Call | None], CIMultiDict[str]]
+    call: Call | None = None
+    ticket: Ticket | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether the client waits for an answer with an id."""
+        return self.call is not None and self.call.request_id is not None
+
+    def sent(self) -> None:
+        """The bytes have left: the next message of the conversation may follow."""
+        if self.ticket is not None:
+            self.ticket.release()
+
+
+class Backend(Protocol):
+    """The server's side of a route."""
+
+    async def forward(self, exchange: Exchange, permitted: Permitted) -> web.StreamResponse:
+        """Send what is permitted, and bring the answer back. Releases the exchange's ticket."""
+
+    async def open_stream(self, exchange: Exchange) -> web.StreamResponse:
+        """GET: the server's own messages to the session, as a stream."""
+
+    async def end_session(self, exchange: Exchange) -> web.StreamResponse:
+        """DELETE: the session is over."""
+
+    def asker(self, exchange: Exchange) -> Ask:
+        """A way to put the sidecar's own request to the server."""
+
+    def close_streams(self) -> None:
+        """End every open stream, so that a shutdown does not wait for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One server behind one path, and its sessions."""
+
+    backend: Backend
+    server: Server
+    sessions: Sessions

@@ -1,0 +1,262 @@
+"""The way to an HTTP server and back: answers in JSON or as a stream of events, each judged.
+
+Events are passed on one by one, never collected. A client that goes away ends the request upstream.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+from aiohttp import ClientResponse, web
+
+from sidecar.conversation import Ask
+from sidecar.errors import MalformedMessage, ProtocolError, UpstreamError
+from sidecar.pipeline import Pipeline
+from sidecar.policy.enforcement import AnswerServer, Deliver, Permitted
+from sidecar.protocol.framing import Event, encode_event
+from sidecar.protocol.jsonrpc import FROM_SERVER, Request, Response, decode, encode
+from sidecar.transport import headers as rules
+from sidecar.transport.exchange import Exchange
+from sidecar.transport.upstream import HttpUpstream
+
+log = logging.getLogger("sidecar.transport.relay")
+
+SESSION = "Mcp-Session-Id"
+MAX_ERROR_BODY = 64 * 1024
+
+
+class HttpRelay:
+    """A `Backend` in front of one MCP endpoint."""
+
+    def __init__(self, pipeline: Pipeline, upstream: HttpUpstream) -> None:
+        self._pipeline = pipeline
+        self._upstream = upstream
+        self._streams: set[web.StreamResponse] = set()
+
+    async def forward(self, exchange: Exchange, permitted: Permitted) -> web.StreamResponse:
+        """Send what is permitted, and bring the answer back."""
+        try:
+            async with self._upstream.send(
+                permitted, exchange.onward(exchange.call), exchange.sent
+            ) as response:
+                return await self._relay(exchange, response)
+        except UpstreamError as error:
+            return self._failed(exchange, error)
+        finally:
+            exchange.sent()
+            self._end(exchange)
+
+    def _failed(self, exchange: Exchange, error: UpstreamError) -> web.StreamResponse:
+        reply = None
+        if exchange.call is not None:
+            reply = self._pipeline.upstream_failed(exchange.conversation, exchange.call, error)
+        if reply is None:
+            raise error
+        return web.json_response(body=encode(reply))
+
+    def _end(self, exchange: Exchange) -> None:
+        """The exchange is over: what has no answer by now was cancelled, or broken off."""
+        if exchange.call is not None and exchange.call.outcome is None:
+            self._pipeline.abandon(exchange.conversation, exchange.call)
+        if not exchange.conversation.lasting:
+            self._pipeline.close(exchange.conversation)
+
+    async def _relay(self, exchange: Exchange, response: ClientResponse) -> web.StreamResponse:
+        self._adopt_session(exchange, response)
+        if 300 <= response.status < 400:
+            raise UpstreamError("the server redirects, which is not followed", sent=True)
+        match _media_type(response):
+            case "text/event-stream":
+                return await self._relay_events(exchange, response)
+            case "application/json":
+                return await self._relay_json(exchange, response)
+            case _:
+                return await self._relay_other(exchange, response)
+
+    def _adopt_session(self, exchange: Exchange, response: ClientResponse) -> None:
+        """Remember a session that the server opens with its answer to `initialize`.
+
+        One that it no longer knows (404) is forgotten.
+        """
+        call, session_id = exchange.call, response.headers.get(SESSION)
+        opening = call is not None and call.operation.method.name == "initialize"
+        if opening and response.status < 300 and session_id and not exchange.conversation.lasting:
+            exchange.sessions.open(session_id, exchange.conversation, exchange.origin.actor.keys)
+        if response.status == 404 and exchange.conversation.lasting:
+            self._forget_session(exchange)
+
+    def _forget_session(self, exchange: Exchange) -> None:
+        exchange.sessions.forget(exchange.conversation)
+        self._pipeline.close(exchange.conversation)
+
+    async def _relay_json(self, exchange: Exchange, response: ClientResponse) -> web.StreamResponse:
+        body = await self._upstream.read(response)
+        if not body and not exchange.answers:
+            return _copy(response, body)
+        try:
+            message = decode(body, FROM_SERVER)
+        except MalformedMessage as error:
+            if response.status >= 400 and len(body) <= MAX_ERROR_BODY:
+                self._end_failed(exchange, response)
+                return _copy(response, body)
+            raise UpstreamError(f"the server's answer is no message: {error}", sent=True) from error
+        delivery = await self._pipeline.from_server(exchange.conversation, message, exchange.origin)
+        if not isinstance(delivery, Deliver):
+            raise UpstreamError("the server answered something else", sent=True)
+        self._end_failed(exchange, response)
+        if delivery.replaced is None:
+            return _copy(response, body)
+        return _copy(response, encode(delivery.replaced), status=200)
+
+    def _end_failed(self, exchange: Exchange, response: ClientResponse) -> None:
+        """A failure that names no request is the end of the one that it answers."""
+        call = exchange.call
+        if call is not None and call.request_id is not None and call.outcome is None:
+            error = UpstreamError(f"the server answered {response.status}", sent=True)
+            self._pipeline.upstream_failed(exchange.conversation, call, error)
+
+    async def _relay_events(
+        self, exchange: Exchange, response: ClientResponse
+    ) -> web.StreamResponse:
+        """Pass events on as they come, each judged for itself."""
+        stream = web.StreamResponse(
+            status=response.status, headers=rules.to_client(response.headers)
+        )
+        await stream.prepare(exchange.request)
+        if exchange.call is None:
+            self._streams.add(stream)
+        try:
+            async for event in self._upstream.events(response):
+                written = await self._judge_event(exchange, event)
+                if written:
+                    await stream.write(written)
+            await self._close_unanswered(exchange, stream, None)
+        except UpstreamError as error:
+            await self._close_unanswered(exchange, stream, error)
+        finally:
+            self._streams.discard(stream)
+        await stream.write_eof()
+        return stream
+
+    async def _close_unanswered(
+        self, exchange: Exchange, stream: web.StreamResponse, error: UpstreamError | None
+    ) -> None:
+        """A stream without sessions that ends before its answer gets one: nothing can resume it."""
+        call = exchange.call
+        if call is None or call.outcome is not None or exchange.conversation.lasting:
+            return
+        error = error or UpstreamError("the server ended the stream without an answer", sent=True)
+        reply = self._pipeline.upstream_failed(exchange.conversation, call, error)
+        if reply is not None:
+            await stream.write(encode_event(encode(reply)))
+
+    async def _judge_event(self, exchange: Exchange, event: Event) -> bytes:
+        """The bytes that the client gets for an event; none when it is dropped."""
+        if not event.data:
+            return event.raw
+        try:
+            message = decode(event.data.encode("utf-8", "surrogateescape"), FROM_SERVER)
+            delivery = await self._pipeline.from_server(
+                exchange.conversation, message, exchange.origin
+            )
+        except ProtocolError as error:
+            log.warning("dropped an event of the server that is no message: %s", error)
+            self._pipeline.malformed(error)
+            return b""
+        match delivery:
+            case Deliver(None):
+                return event.raw
+            case Deliver(replaced) if replaced is not None:
+                return encode_event(encode(replaced), event)
+            case AnswerServer(permitted):
+                await self._answer_server(exchange, permitted)
+                return b""
+            case _:
+                return b""
+
+    async def _answer_server(self, exchange: Exchange, permitted: Permitted) -> None:
+        """Post our refusal of the server's question, as its client would post an answer."""
+        headers = exchange.onward(None)
+        headers["Accept"] = "application/json, text/event-stream"
+        with suppress(UpstreamError):
+            async with self._upstream.send(permitted, headers, lambda: None) as response:
+                await self._upstream.read(response)
+
+    async def _relay_other(
+        self, exchange: Exchange, response: ClientResponse
+    ) -> web.StreamResponse:
+        """Acknowledgements without a body, and errors that are no messages."""
+        body = await self._upstream.read(response)
+        if len(body) > MAX_ERROR_BODY or (body and response.status < 400 and exchange.answers):
+            raise UpstreamError("the server answered with no message", sent=True)
+        self._end_failed(exchange, response)
+        return _copy(response, body)
+
+    async def open_stream(self, exchange: Exchange) -> web.StreamResponse:
+        """GET: relay the session's stream."""
+        try:
+            async with self._upstream.open("GET", exchange.onward(None)) as response:
+                return await self._relay(exchange, response)
+        finally:
+            self._end(exchange)
+
+    async def end_session(self, exchange: Exchange) -> web.StreamResponse:
+        """DELETE: end the session there, and here when it was ended there."""
+        async with self._upstream.open("DELETE", exchange.onward(None)) as response:
+            if response.status < 300:
+                self._forget_session(exchange)
+            return await self._relay_other(exchange, response)
+
+    def asker(self, exchange: Exchange) -> Ask:
+        """Ask with the headers of the exchange, less those that mirror its message."""
+
+        async def ask(permitted: Permitted) -> Response:
+            request = permitted.message
+            assert isinstance(request, Request)
+            headers = exchange.onward(None)
+            for name in [each for each in headers if each.lower().startswith("mcp-param-")]:
+                del headers[name]
+            headers.popall("Mcp-Name", None)
+            if exchange.modern:
+                headers["Mcp-Method"] = request.method
+            async with self._upstream.send(permitted, headers, lambda: None) as response:
+                return await _answer_to(self._upstream, response, request)
+
+        return ask
+
+    def close_streams(self) -> None:
+        """End every open stream."""
+        for stream in self._streams:
+            stream.force_close()
+            if stream.task is not None:
+                stream.task.cancel()
+
+
+async def _answer_to(
+    upstream: HttpUpstream, response: ClientResponse, request: Request
+) -> Response:
+    """The answer to our own request, from a JSON body or from a stream."""
+    try:
+        if _media_type(response) == "text/event-stream":
+            async for event in upstream.events(response):
+                if event.data:
+                    message = decode(event.data.encode("utf-8", "surrogateescape"), FROM_SERVER)
+                    if isinstance(message, Response) and message.id == request.id:
+                        return message
+        else:
+            message = decode(await upstream.read(response), FROM_SERVER)
+            if isinstance(message, Response) and message.id in (request.id, None):
+                return message
+    except MalformedMessage as error:
+        raise UpstreamError(f"the server's answer is no message: {error}", sent=True) from error
+    raise UpstreamError("the server did not answer", sent=True)
+
+
+def _copy(response: ClientResponse, body: bytes, status: int | None = None) -> web.Response:
+    headers = rules.to_client(response.headers)
+    return web.Response(status=status or response.status, body=body, headers=headers)
+
+
+def _media_type(response: ClientResponse) -> str:
+    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
