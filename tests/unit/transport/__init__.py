@@ -1,0 +1,1 @@
+"""Units of `sidecar.transport` that need no network."""
