@@ -9,7 +9,8 @@
     ├── ProtocolError            the peer's fault; answered, never forwarded
     │   ├── MalformedMessage     not JSON-RPC, or JSON that two parsers may read differently
     │   ├── HeaderMismatch       an HTTP header says something else than the body
-    │   └── UnknownMethod        not in the table of methods and not declared
+    │   ├── UnknownMethod        not in the table of methods and not declared
+    │   └── UnsupportedVersion   a revision that is not served here; says which ones are
     ├── Overloaded               too many calls in flight
     ├── DecisionError            no usable answer: a deny
     │   ├── DecisionUnavailable  OPA not reached, late, or failing: may be tried again
@@ -24,7 +25,7 @@ Any other exception that reaches a transport is a bug, and is answered as `inter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class SidecarError(Exception):
@@ -58,8 +59,8 @@ class PolicyUnusable(SidecarError):
 class ProtocolError(SidecarError):
     """A message that is answered with an error and goes nowhere.
 
-    `rpc_code` is the JSON-RPC error code, `status` the HTTP status of the answer, and `request_id`
-    the id to echo (None when there is none that both sides read alike).
+    `rpc_code` is the JSON-RPC error code, `status` the HTTP status of the answer, `request_id` the
+    id to echo (None when there is none that both sides read alike), and `data` the error's own.
     """
 
     code = "protocol"
@@ -73,9 +74,11 @@ class ProtocolError(SidecarError):
         request_id: str | int | None = None,
         rpc_code: int | None = None,
         status: int | None = None,
+        data: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.request_id = request_id
+        self.data = data
         if rpc_code is not None:
             self.rpc_code = rpc_code
         if status is not None:
@@ -93,6 +96,22 @@ class HeaderMismatch(ProtocolError):
 
     code = "header_mismatch"
     rpc_code = -32020
+
+
+class UnsupportedVersion(ProtocolError):
+    """A revision that is not served here (MCP 2026-07-28, versioning): the caller may fall back."""
+
+    code = "unsupported_version"
+    rpc_code = -32022
+
+    def __init__(
+        self, requested: str, supported: Sequence[str], *, request_id: str | int | None = None
+    ) -> None:
+        super().__init__(
+            f"Unsupported protocol version: {requested}",
+            request_id=request_id,
+            data={"supported": list(supported), "requested": requested},
+        )
 
 
 class UnknownMethod(ProtocolError):

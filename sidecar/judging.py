@@ -76,7 +76,7 @@ class Judge:
     def _decided(self, call: Call, decision: Decision) -> Refusal | None:
         refusal, call.mode = enforcement.judge(decision, self._rules)
         call.decision = decision
-        call.verdict = "allow" if decision.allow else "deny"
+        call.verdict = "allow" if decision.allow and refusal is None else "deny"
         call.reasons = refusal.reasons if refusal else decision.reasons
         return refusal
 

@@ -57,7 +57,7 @@ log = logging.getLogger("sidecar.pipeline")
 PASSING = frozenset({"ping", "notifications/cancelled", "notifications/progress"})
 """What does not wait for its turn behind requests that are being decided."""
 
-STREAM = Method("stream", "request", "client", (), Governed.DECISION, "stream")
+STREAM = Method("stream", "stream", "client", (), Governed.DECISION, "stream")
 UNKNOWN = Method("_OTHER", "request", "both", (), Governed.DECISION)
 
 
@@ -163,9 +163,9 @@ class Pipeline:
         return await self._question(conversation, operation, origin)
 
     def upstream_failed(
-        self, conversation: Conversation, call: Call, error: UpstreamError
+        self, conversation: Conversation, call: Call, error: UpstreamError | Overloaded
     ) -> Response | None:
-        """End a forwarded call that the server will not answer; the reply for its caller."""
+        """End a permitted call that no server will answer; the reply for its caller."""
         self._forget(conversation, call)
         refusal = enforcement.refusal_of(error)
         call.reasons = refusal.reasons
@@ -293,7 +293,7 @@ class Pipeline:
 
     def _answer_server(self, conversation: Conversation, response: Response) -> Outcome:
         """A client's answer goes on only when the server asked for it."""
-        call = conversation.server_calls.answer(response.id)
+        call = _answered(conversation.server_calls, response)
         if call is None:
             log.warning("dropped an answer that no server asked for")
             return Drop()
@@ -319,7 +319,7 @@ class Pipeline:
 
     async def _answer_client(self, conversation: Conversation, response: Response) -> Delivery:
         """A server's answer: only to what was asked, and judged where the row says so."""
-        call = conversation.calls.answer(response.id)
+        call = _answered(conversation.calls, response)
         if call is None:
             if response.id is None and response.error is not None:
                 return Deliver()
@@ -430,7 +430,12 @@ class Pipeline:
     ) -> Delivery:
         """A server's question to the client is an action; the actor stays the client."""
         call = self._open(conversation, operation, origin, conversation.server_calls)
-        refusal = await self._judge.action(conversation, call)
+        try:
+            refusal = await self._judge.action(conversation, call)
+        except BaseException:
+            conversation.server_calls.answer(call.request_id)
+            self.finish(call, "cancelled")
+            raise
         unwritten = self._record_decision(call)
         refusal = refusal or unwritten
         if refusal is None:
@@ -509,6 +514,15 @@ class Pipeline:
     def _forget(self, conversation: Conversation, call: Call) -> None:
         if conversation.calls.get(call.request_id) is call:
             conversation.calls.answer(call.request_id)
+        probe = conversation.discovering
+        if call.operation.message.method == "server/discover" and probe and not probe.done():
+            probe.set_result(False)
+
+
+def _answered(waiting: Outstanding[Call], response: Response) -> Call | None:
+    """The call that this answers; one that has not been let through has not been asked."""
+    call = waiting.get(response.id)
+    return None if call is not None and not call.forwarded else waiting.answer(response.id)
 
 
 def _permit(call: Call, rules: Rules) -> Permitted | Refusal:
@@ -517,11 +531,8 @@ def _permit(call: Call, rules: Rules) -> Permitted | Refusal:
 
 
 def _embedded_questions(response: Response) -> list[Notification]:
-    """The questions of a result that asks for input; one that is no question has no row either."""
-    result = response.result
-    if not isinstance(result, dict) or result.get("resultType") != "input_required":
-        return []
-    questions = result.get("inputRequests")
+    """The questions in a result, whatever it calls itself: a task's state may ask too."""
+    questions = response.result.get("inputRequests") if isinstance(response.result, dict) else None
     values = questions.values() if isinstance(questions, dict) else []
     return [_question(each if isinstance(each, dict) else {}) for each in values]
 

@@ -7,7 +7,8 @@ Nothing reaches a server but a `Permitted`, and this module is its only maker, i
   answer is judged, answers to outstanding questions, pings, cancels, our own refusals);
 * `for_catalog`: the sidecar's own listing.
 
-Everything else is a `Refusal`.
+A `Permitted` goes on as it was judged, or `readdressed` where clients share a server; `taken_back`
+is the cancel of one whose client is gone. Everything else is a `Refusal`.
 """
 
 from __future__ import annotations
@@ -185,6 +186,26 @@ def for_catalog(request: Request) -> Permitted:
     return Permitted(request, mint=_MINT)
 
 
+def readdressed(permitted: Permitted, request_id: RequestId) -> Permitted:
+    """The same request under the id, and progress token, that are its own at a shared server."""
+    request = permitted.message
+    if not isinstance(request, Request):
+        raise ValueError("only a request has an id of its own")
+    params, meta = request.params, (request.params or {}).get("_meta")
+    if isinstance(meta, dict) and "progressToken" in meta:
+        params = {**(params or {}), "_meta": {**meta, "progressToken": request_id}}
+    return Permitted(Request(request_id, request.method, params), mint=_MINT)
+
+
+def taken_back(permitted: Permitted, reason: str) -> Permitted:
+    """The cancel of a request that was let through, for a client that can not send it."""
+    request = permitted.message
+    if not isinstance(request, Request):
+        raise ValueError("only a request can be taken back")
+    params: JsonObject = {"requestId": request.id, "reason": reason}
+    return Permitted(Notification("notifications/cancelled", params), mint=_MINT)
+
+
 def refusal_of(error: SidecarError) -> Refusal:
     """The refusal that an error is, one row a kind."""
     match error:
@@ -221,9 +242,15 @@ def reply(
     return Response(operation.message.id, error=error)
 
 
-def protocol_reply(request_id: RequestId | None, code: int, message: str) -> Response:
+def protocol_reply(
+    request_id: RequestId | None,
+    code: int,
+    message: str,
+    data: Mapping[str, object] | None = None,
+) -> Response:
     """The answer to a message that could not be read as an action."""
-    return Response(request_id, error={"code": code, "message": message})
+    error: JsonObject = {"code": code, "message": message}
+    return Response(request_id, error={**error, "data": data} if data is not None else error)
 
 
 def filter_page(response: Response, listing: Listing, decision: Decision) -> Response:
@@ -233,13 +260,13 @@ def filter_page(response: Response, listing: Listing, decision: Decision) -> Res
     cacheable page becomes private and short-lived (MCP 2026-07-28, caching).
     """
     result = response.result
-    if not isinstance(result, dict) or not isinstance(result.get(listing.items), list):
+    if not isinstance(result, dict):
         return response
     page = {**result, **_private(result)}
     if decision.visible is not None:
-        page[listing.items] = [
-            each for each in result[listing.items] if _visible(each, listing, decision.visible)
-        ]
+        items = result.get(listing.items)
+        listed = items if isinstance(items, list) else []
+        page[listing.items] = [each for each in listed if _visible(each, listing, decision.visible)]
     return response if page == result else replace(response, result=page)
 
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from sidecar.errors import MalformedMessage
 from sidecar.protocol.jsonrpc import JsonObject
+from sidecar.protocol.mirror import Mirror, read_mirrors
 from sidecar.protocol.session import Bounded
 
 MAX_CHAINS = 64
@@ -23,11 +26,15 @@ MAX_PAGES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """What is remembered of a listed tool. `digest` covers the whole definition."""
+    """What is remembered of a listed tool. `digest` covers the whole definition.
+
+    `mirrors` are the arguments that a request over HTTP repeats in headers.
+    """
 
     name: str
     annotations: Mapping[str, Any]
     digest: str
+    mirrors: tuple[Mirror, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,23 @@ def read_tool(item: JsonObject) -> Tool:
         name=item["name"],
         annotations=annotations if isinstance(annotations, dict) else {},
         digest=digest(item),
+        mirrors=_mirrors(item),
     )
+
+
+def is_well_annotated(item: JsonObject) -> bool:
+    """Whether every argument that a header shall repeat may have one (`x-mcp-header`)."""
+    with suppress(MalformedMessage):
+        read_mirrors(item.get("inputSchema"))
+        return True
+    return False
+
+
+def _mirrors(item: JsonObject) -> tuple[Mirror, ...]:
+    try:
+        return read_mirrors(item.get("inputSchema"))
+    except MalformedMessage:
+        return ()
 
 
 def digest(value: Any) -> str:

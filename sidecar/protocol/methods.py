@@ -62,7 +62,7 @@ class Method:
     """One row. `subject` is the path below `params` to what the method acts on."""
 
     name: str
-    kind: Literal["request", "notification"]
+    kind: Literal["request", "notification", "stream"]
     sender: Literal["client", "server", "both"]
     revisions: tuple[str, ...]
     governed: Governed

@@ -13,7 +13,7 @@ import binascii
 import re
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Generic, Literal, TypeVar
@@ -39,6 +39,7 @@ from sidecar.protocol.methods import (
     MethodTable,
 )
 
+DISCOVER = "server/discover"
 VERSION_KEY = "io.modelcontextprotocol/protocolVersion"
 CLIENT_INFO_KEY = "io.modelcontextprotocol/clientInfo"
 CLIENT_CAPABILITIES_KEY = "io.modelcontextprotocol/clientCapabilities"
@@ -66,6 +67,7 @@ _KNOWN_PARAMS = {
 }
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SENTINEL = re.compile(r"=\?base64\?(.*)\?=", re.DOTALL)
+_PLAIN = re.compile(r"[\x20-\x7e]*")
 
 MAX_ABANDONED = 256
 
@@ -174,6 +176,9 @@ class Outstanding(Generic[T]):
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __iter__(self) -> Iterator[T]:
+        return iter(tuple(self._waiting.values()))
+
 
 @dataclass(slots=True)
 class Session:
@@ -195,7 +200,7 @@ class Session:
         """
         assert not isinstance(message, Response), "answers are matched by `Outstanding`"
         version = envelope_version(message)
-        era = self._era(version, direction)
+        era = self._era(message, direction)
         row = self._row(message, direction, era)
         _refuse_lookalikes(message)
         if row.name == "initialize":
@@ -246,10 +251,10 @@ class Session:
         self.protocol_version = version if isinstance(version, str) else REVISIONS[0]
         self.client = _client_info(_child(message, "clientInfo"))
 
-    def _era(self, version: str | None, direction: Direction) -> Era:
-        """A client's envelope says it; a server's messages have none, and the handshake says it."""
+    def _era(self, message: Request | Notification, direction: Direction) -> Era:
+        """A client's message says it; a server's have no envelope, and the handshake says it."""
         if direction is Direction.FROM_CLIENT:
-            return Era.LEGACY if version is None else Era.MODERN
+            return Era.MODERN if is_modern(message) else Era.LEGACY
         return Era.MODERN if self.protocol_version is None else Era.LEGACY
 
     def _row(self, message: Request | Notification, direction: Direction, era: Era) -> Method:
@@ -286,6 +291,20 @@ def envelope_version(message: Message) -> str | None:
     return version
 
 
+def is_modern(message: Message) -> bool:
+    """Whether a client's message is one of the stateless revision: its envelope says so.
+
+    `server/discover` is in no other revision. One without an envelope is the server's to refuse: it
+    decides nothing, and a client learns from the server's own error which revisions there are.
+
+    Raises:
+        MalformedMessage: as `envelope_version`.
+
+    """
+    discovers = isinstance(message, Request) and message.method == DISCOVER
+    return discovers or envelope_version(message) is not None
+
+
 def check_headers(message: Message, headers: Mapping[str, str], table: MethodTable) -> None:
     """Refuse headers that say something else than the body (MCP 2026-07-28, streamable-http).
 
@@ -299,7 +318,7 @@ def check_headers(message: Message, headers: Mapping[str, str], table: MethodTab
         UnknownMethod: the same, and the modern revision has no such method.
 
     """
-    if isinstance(message, Response) or message.method == "server/discover":
+    if isinstance(message, Response) or message.method == DISCOVER:
         return
     version, claimed = envelope_version(message), headers.get("mcp-protocol-version")
     if version is None:
@@ -352,6 +371,14 @@ def decode_sentinel(value: str) -> str | None:
         return raw.decode("utf-8") if canonical else None
     except (binascii.Error, ValueError):
         return None
+
+
+def encode_sentinel(text: str) -> str:
+    """The header value that `decode_sentinel` reads as `text`: plain where a header carries it."""
+    plain = _PLAIN.fullmatch(text) and text == text.strip(" ")
+    if plain and not _SENTINEL.fullmatch(text):
+        return text
+    return f"=?base64?{base64.b64encode(text.encode()).decode()}?="
 
 
 def _targets(row: Method, message: Request | Notification) -> tuple[Target, ...]:

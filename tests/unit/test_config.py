@@ -40,10 +40,11 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
       scopes: ['a:b'], claims: {team: [1]}, on_behalf_of: {type: human, id: ann}}}
     enforcement: {shadow: allowed, disclose: codes, denial: result}
     limits: {client_message: 2048, server_message: 4096, nesting: 32, calls_in_flight: 7,
-      sessions: 8, connect: 1.5, response: 30, drain: 0, catalog: 1}
+      sessions: 8, children: 9, connect: 1.5, response: 30, drain: 0, catalog: 1}
     protocol: {big_integers: pass, methods: [vendor/ping]}
     http: {hosts: [tickets.example, '[::1]'], forward_authorization: false,
       origins: ['https://app.example:8443', 'vscode-webview://abc']}
+    bridge: {path: /tickets, shared: true}
     telemetry: {otlp: 'http://collector:4318', protocol: grpc, exporter: console, ratio: 0.1,
       service_name: desk}
     audit: {path: '-', sync: true}
@@ -515,7 +516,7 @@ def test_yaml_is_read_as_editors_read_it(
         --actor=bob -> --actor: must be human:ID, service:ID or agent:ID, not "bob"
         --actor=root:a -> --actor: must be human:ID, service:ID or agent:ID, not "root:a"
         --command= -> no server: stdio needs -- COMMAND [ARG…]
-        --mode=http --upstream= -> no server: http needs --upstream URL, or upstreams
+        --mode=http --upstream= -> no server: http needs --upstream URL, or -- COMMAND
         --mode=http --listen= -> no address: http needs --listen HOST:PORT
         --mode=http --listen=0.0.0.0 --actor=agent:x
             -> listen: 0.0.0.0:15801 makes everybody the static actor; listen on 127.0.0.1, or set
@@ -558,7 +559,6 @@ def test_every_problem_is_told_at_once() -> None:
         ("upstreams: [{url: http://a, transport: sse}]", {}, "upstreams[0].transport: a choice"),
         ("", {"mode": "http", "upstream": "unix-stdio:///s"}, "--upstream: unix-stdio://"),
         ("", {"mode": "http", "upstream": "http://a/sse"}, "--upstream: the legacy HTTP+SSE"),
-        ("", {"mode": "http", "command": ("x",), "listen": "127.0.0.1"}, "http -- COMMAND"),
         ("", {"upstream": "http://a"}, "stdio --upstream URL"),
         ("upstreams: [{url: http://a}]", {"command": ()}, "stdio --upstream URL"),
     ],

@@ -24,9 +24,13 @@ EXEMPT: dict[str, str] = {
     "cli.py": "tests/e2e/test_cli.py",
     "judging.py": "tests/unit/test_pipeline.py",
     "transport/admin.py": "tests/e2e/test_policy_reload.py",
+    "transport/bridge.py": "tests/e2e/test_bridge_http.py",
+    "transport/child.py": "tests/e2e/test_stdio.py",
+    "transport/hosted.py": "tests/e2e/test_bridge_streams.py",
     "transport/http.py": "tests/e2e/test_http.py",
     "transport/pipes.py": "tests/e2e/test_stdio.py",
     "transport/relay.py": "tests/e2e/test_http.py",
+    "transport/shared.py": "tests/e2e/test_bridge_streams.py",
     "transport/stdio.py": "tests/e2e/test_stdio.py",
     "transport/upstream.py": "tests/e2e/test_bad_servers.py",
 }
@@ -114,7 +118,7 @@ def test_every_unit_test_belongs_to_a_module() -> None:
     """``test_NAME.py`` for ``NAME.py``, and ``test_NAME_topic.py`` where one file is not enough."""
     unit = ROOT / "tests" / "unit"
     mirrors = {mirror_of(module).with_suffix("") for module in modules()}
-    topics = {unit / "test_project.py", unit / "test_fuzz_protocol.py"}
+    topics = {unit / "test_project.py", unit / "test_properties.py"}
     strays = [
         str(test.relative_to(ROOT))
         for test in sorted(set(unit.rglob("test_*.py")) - topics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from multidict import CIMultiDict
 
@@ -61,6 +63,24 @@ def test_other_content_is_415(headers: CIMultiDict[str]) -> None:
     with pytest.raises(ProtocolError) as refused:
         rules.refuse_other_content(headers)
     assert refused.value.status == 415
+
+
+@pytest.mark.parametrize(
+    ("accept", "status"),
+    [
+        pytest.param((), None, id="nothing is said"),
+        pytest.param(("*/*",), None, id="anything"),
+        pytest.param(("text/*;q=0.5, Application/JSON",), None, id="by kind"),
+        pytest.param(("application/json", "text/event-stream"), None, id="two headers"),
+        pytest.param(("application/json",), 406, id="one of two"),
+        pytest.param(("text/html",), 406, id="neither"),
+    ],
+)
+def test_who_can_not_read_an_answer_is_406(accept: tuple[str, ...], status: int | None) -> None:
+    headers = made(*(("Accept", each) for each in accept))
+    with pytest.raises(ProtocolError) if status else nullcontext() as refused:
+        rules.refuse_other_readers(headers, "application/json", "text/event-stream")
+    assert getattr(getattr(refused, "value", None), "status", None) == status
 
 
 HOSTS = [

@@ -1,0 +1,1 @@
+"""Meaning to decision: actors, questions, answers, and what is let through."""

@@ -1,0 +1,1 @@
+"""Bytes to meaning: messages, methods, conversations, and what the server lists."""
