@@ -107,6 +107,23 @@ def assemble(library: Path, folder: Path, store: Path) -> str:
     return revision
 
 
+def modules(revision: Path) -> set[str]:
+    """The names of the Rego modules of an assembled revision."""
+    return {str(path.relative_to(revision)) for path in revision.rglob("*.rego")}
+
+
+def bury(revision: Path, gone: Set[str]) -> None:
+    """Put an empty module in the place of each one that is `gone`.
+
+    OPA's watch replaces modules by name and keeps one that is missing from what it loads: a rule
+    file that is removed or renamed would go on allowing.
+    """
+    for name in gone:
+        target = revision / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("package mcp.sidecar.removed\n", encoding="utf-8")
+
+
 def _replaces_library(path: Path) -> bool:
     if path.suffix != ".rego":
         return False

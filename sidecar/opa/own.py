@@ -27,8 +27,10 @@ from sidecar.opa.client import DecisionClient
 from sidecar.opa.folder import (
     Fingerprint,
     assemble,
+    bury,
     fingerprint,
     library_folder,
+    modules,
     prune,
     put_in_force,
 )
@@ -42,6 +44,7 @@ START_PATIENCE = 10.0  # seconds until OPA serves its first policy
 IN_FORCE_PATIENCE = 5.0  # seconds until a revision that passed the check has to be served
 SETTLE = 0.1  # seconds between two looks that have to agree before an edit is taken
 SHORTEST_BACKOFF, LONGEST_BACKOFF = 0.1, 2.0
+BATCH_MS = 100  # how long OPA holds a span before it sends it
 HEALTHY_AFTER = 10.0  # seconds of life after which the back-off starts anew
 
 _PREFIX = "mcp-opa-"
@@ -87,6 +90,7 @@ class OwnOpa:
         self._client: DecisionClient | None = None
         self._tasks: list[Background] = []
         self._seen: Fingerprint = ()
+        self._loaded: set[str] = set()  # modules that the running OPA may know
         self._since = 0.0
         self._backoff = SHORTEST_BACKOFF
         self._last_words = LastWords()
@@ -138,6 +142,9 @@ class OwnOpa:
         for task in self._tasks:
             await task.stop()
         if self._process is not None:
+            if self._tracing is not None:
+                # OPA ends without sending the spans that it still holds.
+                await asyncio.sleep(2 * BATCH_MS / 1000)
             await end(self._process)
         if self._client is not None:
             await self._client.close()
@@ -206,10 +213,12 @@ class OwnOpa:
         if revision == self.expected:
             return
         try:
+            bury(store / revision, self._loaded - modules(store / revision))
             await check(self._binary, store / revision)
         except BaseException:
             shutil.rmtree(store / revision, ignore_errors=True)
             raise
+        self._loaded |= modules(store / revision)
         put_in_force(self._home, revision)
         prune(store, keep={revision, self.expected})  # OPA may still be reading the last one
         self.expected, self._since = revision, time.monotonic()
@@ -248,6 +257,7 @@ class OwnOpa:
         """One life of OPA; its exit code."""
         config = ("--config-file=opa.json",) if self._tracing is not None else ()
         command = (self._binary, *_SERVE, *config, "watched/current")
+        self._loaded = modules(self._home / "watched" / "current")
         self._process = process = await spawn(command, self._home)
         assert process.stderr is not None
         await self._last_words.follow(process.stderr)
@@ -267,7 +277,7 @@ def opa_configuration(tracing: OpaTracing) -> JsonObject:
             "service_name": "opa",
             "sample_percentage": 100,
             "encryption": "tls" if tracing.tls else "off",
-            "batch_span_processor_options": {"batch_timeout_ms": 500},
+            "batch_span_processor_options": {"batch_timeout_ms": BATCH_MS},
         },
         "decision_logs": {"console": True, "drop_decision": "/mcp/sidecar/silent"},
     }

@@ -22,7 +22,7 @@ def test_opas_spans_go_to_the_collector(protocol: str, tls: bool) -> None:
         "service_name": "opa",
         "sample_percentage": 100,
         "encryption": "tls" if tls else "off",
-        "batch_span_processor_options": {"batch_timeout_ms": 500},
+        "batch_span_processor_options": {"batch_timeout_ms": 100},
     }
     assert configuration["decision_logs"]["drop_decision"] == "/mcp/sidecar/silent"
 
