@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -26,10 +27,13 @@ from sidecar.errors import ConfigError, PolicyUnusable
 
 if TYPE_CHECKING:
     from sidecar.config import Listen, Mode, Settings
+    from sidecar.conversation import Server
     from sidecar.opa import OpaTracing, OwnOpa, Readiness
     from sidecar.pipeline import Pipeline
     from sidecar.telemetry import Telemetry
     from sidecar.transport.exchange import Route
+    from sidecar.transport.peer import Peer
+    from sidecar.transport.upstream import HttpUpstream
 
 log = logging.getLogger("sidecar")
 
@@ -47,6 +51,7 @@ EPILOG = """\
 examples:
   mcp-sidecar stdio --policy ./policy --actor agent:support-bot -- python server.py
   mcp-sidecar http --policy ./policy --listen 127.0.0.1:15801 --upstream http://127.0.0.1:8080/mcp
+  mcp-sidecar http --policy ./policy --listen 127.0.0.1:15801 -- python server.py
   mcp-sidecar check --policy ./policy
 
 exit codes: 125 configuration or usage, 126 OPA or its policy unusable, else the wrapped command's
@@ -127,21 +132,26 @@ def _refuse_unknown_command(
 def _add_stdio(modes: argparse._SubParsersAction[Parser]) -> None:
     parser = modes.add_parser(
         "stdio",
-        help="stdin and stdout in front of a stdio server",
-        usage="mcp-sidecar stdio [OPTIONS] -- COMMAND [ARG...]",
-        description="Start COMMAND and stand between it and the client on stdin and stdout.",
+        help="stdin and stdout in front of a stdio server, or of an HTTP server",
+        usage="mcp-sidecar stdio [OPTIONS] (-- COMMAND [ARG...] | --upstream URL)",
+        description="Stand between the client on stdin and stdout and a server: COMMAND, which is "
+        "started, or the one behind HTTP at URL.",
         epilog=OPTIONS_EPILOG,
     )
+    parser.add_argument(
+        "--upstream", metavar="URL", help="the endpoint of an HTTP server, in place of a COMMAND"
+    )
     _add_common(parser)
-    parser.add_argument("--upstream", metavar="URL", help=argparse.SUPPRESS)
 
 
 def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
     parser = modes.add_parser(
         "http",
-        help="HTTP in front of an HTTP server",
-        usage="mcp-sidecar http [OPTIONS] --listen HOST:PORT --upstream URL",
-        description="Listen for MCP clients and stand between them and the server at URL.",
+        help="HTTP in front of an HTTP server, or of a stdio server",
+        usage="mcp-sidecar http [OPTIONS] --listen HOST:PORT "
+        "(--upstream URL | -- COMMAND [ARG...])",
+        description="Listen for MCP clients and stand between them and the server at URL, or a "
+        "server that COMMAND starts, anew for each session, and that is served at /mcp.",
         epilog=OPTIONS_EPILOG,
     )
     parser.add_argument("--listen", metavar="HOST:PORT", help="where clients come in")
@@ -342,7 +352,26 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
+        return runner.run(_interruptible(work))
+
+
+async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
+    """Undo a start that a signal ends before `_stopping` takes over: nothing is left behind."""
+    task, loop, ended = asyncio.current_task(), asyncio.get_running_loop(), list[int]()
+
+    def end(signum: int) -> None:
+        if not ended and task is not None:
+            task.cancel()
+        ended.append(signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, end, signum)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not ended:
+            raise
+        return 128 + ended[0]
 
 
 def _calm_garbage_collector() -> None:
@@ -355,14 +384,14 @@ async def _stdio(settings: Settings) -> int:
     from sidecar.conversation import Server
     from sidecar.protocol.methods import MethodTable
     from sidecar.transport.pipes import open_stdin, open_stdout
-    from sidecar.transport.stdio import Child, StdioProxy
+    from sidecar.transport.stdio import StdioProxy
 
-    async with _core(settings) as core:
-        child = await Child.start(settings.command)
+    async with _core(settings) as core, AsyncExitStack() as stack:
+        server = Server(_server_names(settings)[0])
         proxy = StdioProxy(
             pipeline=core.pipeline,
-            child=child,
-            server=Server(settings.server_name),
+            peer=await _peer(settings, server, stack),
+            server=server,
             table=MethodTable.of(settings.protocol.methods),
             actor=settings.identity.actor,
             strictness=_strictness(settings),
@@ -372,6 +401,20 @@ async def _stdio(settings: Settings) -> int:
         )
         _calm_garbage_collector()
         return await proxy.run(core.stopping)
+
+
+async def _peer(settings: Settings, server: Server, stack: AsyncExitStack) -> Peer:
+    from sidecar.transport.peer import ChildPeer
+
+    if not settings.upstreams:
+        from sidecar.transport.child import Child
+
+        return ChildPeer(await Child.start(settings.command), settings.limits.server_message)
+    from sidecar.protocol.methods import MethodTable
+    from sidecar.transport.remote import HttpPeer
+
+    upstream = await _upstream(settings, settings.upstreams[0].url, stack)
+    return HttpPeer(upstream, server.catalog, MethodTable.of(settings.protocol.methods))
 
 
 async def _http(settings: Settings) -> int:
@@ -394,8 +437,8 @@ async def _http(settings: Settings) -> int:
             runner, (host, port) = await serve(proxy, settings.listen, settings.limits.drain)
         except OSError as error:
             raise ConfigError(f"listen: can not listen on {settings.listen}: {error}") from error
-        for upstream in settings.upstreams:
-            log.info("listening on http://%s:%d%s for %s", host, port, upstream.path, upstream.url)
+        for path, server in _served(settings):
+            log.info("listening on http://%s:%d%s for %s", host, port, path, server)
         _calm_garbage_collector()
         await core.stopping.wait()
         log.info("stopping: finishing what is in flight")
@@ -408,24 +451,55 @@ async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict
     from sidecar.conversation import Server
     from sidecar.transport.exchange import Route, Sessions
     from sidecar.transport.relay import HttpRelay
-    from sidecar.transport.upstream import HttpUpstream
 
+    if settings.command:
+        return {settings.bridge.path: _bridge(settings, core, stack)}
     routes = {}
     for each in settings.upstreams:
-        upstream = HttpUpstream(
-            each.url,
-            connect=settings.limits.connect,
-            response=settings.limits.response,
-            message_limit=settings.limits.server_message,
-        )
-        await upstream.start()
-        stack.push_async_callback(upstream.stop)
         routes[each.path] = Route(
-            HttpRelay(core.pipeline, upstream),
+            HttpRelay(core.pipeline, await _upstream(settings, each.url, stack)),
             Server(each.name),
             Sessions(settings.limits.sessions),
         )
     return routes
+
+
+async def _upstream(settings: Settings, url: str, stack: AsyncExitStack) -> HttpUpstream:
+    from sidecar.transport.upstream import HttpUpstream
+
+    upstream = HttpUpstream(
+        url,
+        connect=settings.limits.connect,
+        response=settings.limits.response,
+        message_limit=settings.limits.server_message,
+    )
+    await upstream.start()
+    stack.push_async_callback(upstream.stop)
+    return upstream
+
+
+def _bridge(settings: Settings, core: Core, stack: AsyncExitStack) -> Route:
+    from sidecar.conversation import Server
+    from sidecar.transport.bridge import StdioBridge
+    from sidecar.transport.exchange import Route, Sessions
+    from sidecar.transport.shared import SharedServer
+
+    command, limits = settings.command, settings.limits
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"COMMAND {command[0]!r} can not be started: there is no such program")
+    server, shared = Server(settings.server_name), None
+    if settings.bridge.shared:
+        shared = SharedServer(core.pipeline, command, server, limits)
+    bridge = StdioBridge(core.pipeline, command, limits, shared)
+    stack.push_async_callback(bridge.stop)
+    return Route(bridge, server, Sessions(limits.sessions))
+
+
+def _served(settings: Settings) -> list[tuple[str, str]]:
+    """The paths that are served, and what is behind them. Arguments may be secrets: not shown."""
+    if settings.command:
+        return [(settings.bridge.path, settings.command[0])]
+    return [(each.path, each.url) for each in settings.upstreams]
 
 
 async def _check(settings: Settings) -> int:

@@ -98,6 +98,7 @@ class Limits:
     nesting: int = 64  # levels of JSON; far below where a recursive parser breaks
     calls_in_flight: int = 1000  # beyond it a call is answered -31429, retryable
     sessions: int = 10_000  # HTTP sessions that are remembered
+    children: int = 100  # servers that `http -- COMMAND` runs at once: one for each session
     connect: float = 5.0  # seconds to reach the upstream
     response: float | None = None  # seconds until its answer begins; None: tools may take hours
     drain: float = 10.0  # seconds that a shutdown waits for what is in flight
@@ -119,6 +120,14 @@ class Http:
     hosts: tuple[str, ...] = ()  # Host names, lower case; (): loopback's on loopback, else any
     origins: tuple[str, ...] = ()  # Origins, lower case, besides loopback's on a loopback listen
     forward_authorization: bool = True  # to the upstream; right while the sidecar verifies no token
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """A stdio server behind HTTP (`http -- COMMAND`)."""
+
+    path: str = "/mcp"  # where it is served
+    shared: bool = False  # one more server, shared by all clients of the stateless revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +164,16 @@ class Settings:
 
     mode: Mode  # `check` is for `mcp-sidecar check`: as `http`, but nothing to serve is needed
     opa: Opa
-    command: tuple[str, ...] = ()  # stdio: the wrapped server
+    command: tuple[str, ...] = ()  # the wrapped server
     listen: Listen | None = None  # http: where clients come in
-    upstreams: tuple[Upstream, ...] = ()  # http: the servers, each at a path of its own
-    server_name: str = "server"  # stdio: `server.name` of the input; default: the command's name
+    upstreams: tuple[Upstream, ...] = ()  # http: each at a path of its own; stdio: one, or none
+    server_name: str = "server"  # `server.name` of a wrapped server; default: the command's name
     identity: Identity = Identity()
     enforcement: Enforcement = Enforcement()
     limits: Limits = Limits()
     protocol: Protocol = Protocol()
     http: Http = Http()
+    bridge: Bridge = Bridge()
     telemetry: Telemetry = Telemetry()
     audit: Audit = Audit()
     pod: Pod = Pod()
@@ -338,20 +348,15 @@ PRINCIPAL_KEYS: Mapping[str, Key] = {
 }
 ACTOR_KEYS = {**PRINCIPAL_KEYS, "on_behalf_of": Record(PRINCIPAL_KEYS, ("type", "id"), _principal)}
 KEYS: Mapping[str, Key] = {
-    "server.name": _any,
     "upstreams": [Record(UPSTREAM_KEYS, ("url",), _upstream)],
     "listen": _address(15801),
     "admin": lambda value: None if value == "off" else _address(15820)(value),
     "policy.dir": lambda value: Path(_any(value)),
     "policy.opa": _text("a URL, or unix:///PATH of a socket", f"{_URL}|unix:///[!-~]*[!-.0-~]"),
-    "policy.binary": _any,
-    "policy.deadline": _seconds,
-    "policy.listing_deadline": _seconds,
-    "policy.poll": _seconds,
-    "policy.canary": _seconds,
+    **dict.fromkeys(("policy.deadline", "policy.listing_deadline"), _seconds),
+    **dict.fromkeys(("policy.poll", "policy.canary"), _seconds),
     "identity.source": _source,
     "identity.static": Record(ACTOR_KEYS, ("type", "id"), _actor),
-    "identity.static_for_all": _flag,
     "enforcement.shadow": _one_of("off", "allowed", "all"),
     "enforcement.disclose": _one_of("full", "codes"),
     "enforcement.denial": _one_of("error", "result"),
@@ -360,6 +365,7 @@ KEYS: Mapping[str, Key] = {
     "limits.nesting": _number(8, 256, int),
     "limits.calls_in_flight": _number(1, 100_000, int),
     "limits.sessions": _number(1, 1_000_000, int),
+    "limits.children": _number(1, 100_000, int),
     "limits.connect": _number(0.1, 300, int, float),
     "limits.response": _number(0.1, 86_400, int, float, type(None)),
     "limits.drain": _number(0, 600, int, float),
@@ -368,14 +374,14 @@ KEYS: Mapping[str, Key] = {
     "protocol.methods": [_text("a method name", r"\S+")],
     "http.hosts": [_text("a name in lower case, no port", r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")],
     "http.origins": [_text("an origin in lower case", r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+")],
-    "http.forward_authorization": _flag,
+    "bridge.path": _path,
     "telemetry.otlp": _url,
     "telemetry.protocol": _one_of("http/protobuf", "grpc"),
     "telemetry.exporter": _one_of("otlp", "console", "none"),
     "telemetry.ratio": _number(0, 1, int, float),
-    "telemetry.service_name": _any,
-    "audit.path": _any,
-    "audit.sync": _flag,
+    **dict.fromkeys(("server.name", "policy.binary", "telemetry.service_name", "audit.path"), _any),
+    **dict.fromkeys(("identity.static_for_all", "bridge.shared", "audit.sync"), _flag),
+    "http.forward_authorization": _flag,
     **dict.fromkeys(("pod.name", "pod.namespace", "pod.service_account"), _any),
     "log.format": _one_of("text", "json"),
     "log.level": _one_of("debug", "info", "warning", "error"),
@@ -412,9 +418,7 @@ _FLAGS: Mapping[str, str] = {
 }
 _FOREIGN: Mapping[str, str] = {
     "HOME": "home",
-    "POD_NAME": "pod.name",
-    "POD_NAMESPACE": "pod.namespace",
-    "POD_SERVICE_ACCOUNT": "pod.service_account",
+    **{f"POD_{each.upper()}": f"pod.{each}" for each in ("name", "namespace", "service_account")},
     "OTEL_SERVICE_NAME": "telemetry.service_name",
     "OTEL_TRACES_EXPORTER": "telemetry.exporter",
     "OTEL_EXPORTER_OTLP_PROTOCOL": "telemetry.protocol",
@@ -431,6 +435,7 @@ _VARIABLES: Mapping[str, str] = {
     _PREFIX + "OPA_BIN": "policy.binary",
     _PREFIX + "CACHE": "cache",
 }
+_TWO = "two servers: -- COMMAND, and --upstream URL"
 _ALONE = "listen on 127.0.0.1, or set identity.static_for_all"
 # Kubernetes sets these in every pod beside a Service whose name begins with `mcp-sidecar`.
 _SERVICE = re.compile(r"_SERVICE_(HOST|PORT\w*)=|_PORT_\d+_(TCP|UDP|SCTP)\w*=|_PORT=\w+://")
@@ -538,18 +543,16 @@ def _disagreements(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]
     served = command or {"upstream", "upstreams"} & given
     acting = "actor" in given or ("identity.static" in given and source != "none")
     alone = mode == "stdio" or not listen or listen.loopback or said.get("identity.static_for_all")
-    if mode == "http" and command:
-        yield _Later("http -- COMMAND", "http --upstream URL, stdio -- COMMAND")
-    if mode == "stdio" and ("upstream" in given or (servers and not command)):
-        yield _Later("stdio --upstream URL", "stdio -- COMMAND, http --upstream URL")
     rules: tuple[tuple[object, str], ...] = (
         (not policies, "no policy: --policy DIR (own OPA), or --opa URL|unix:///PATH, is needed"),
         (len(policies) > 1, "policy.dir (--policy) and policy.opa (--opa) exclude each other"),
         (source == "static" and not acting, "identity.static (or --actor TYPE:ID) is needed"),
         (not acting and "identity.static" in given, "identity.static: but identity.source is none"),
         (acting and not alone, f"listen: {listen} makes everybody the static actor; {_ALONE}"),
-        (mode == "stdio" and not served, "no server: stdio needs -- COMMAND [ARG…]"),
-        (mode == "http" and not served, "no server: http needs --upstream URL, or upstreams"),
+        (mode == "stdio" and not served, "no server: stdio needs -- COMMAND, or --upstream URL"),
+        (mode == "stdio" and len(servers) > 1 and not command, "upstreams: stdio takes one"),
+        (mode == "http" and not served, "no server: http needs --upstream URL, or -- COMMAND"),
+        (command and (servers if mode == "http" else "upstream" in given), _TWO),
         (mode == "http" and "listen" not in given, "no address: http needs --listen HOST:PORT"),
         (len({each.name for each in servers}) < len(servers), "upstreams: two have the same name"),
         (len({each.path for each in servers}) < len(servers), "upstreams: two have the same path"),
@@ -571,12 +574,12 @@ def _build(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Set
     actor = said.get("actor") or identity.get("static", UNKNOWN)
     cache = said.get("cache") or said.get("home", "/nonexistent") + "/.cache/mcp-opa-sidecar"
     admin = None if mode == "stdio" else Listen("127.0.0.1", 15820)
-    plain: tuple[Any, ...] = (Enforcement, Limits, Protocol, Http, Audit, Pod)
+    plain: tuple[Any, ...] = (Enforcement, Limits, Protocol, Http, Bridge, Audit, Pod)
     return Settings(
         mode=mode,
         command=command,
         listen=None if mode == "stdio" else said.get("listen"),
-        upstreams=() if mode == "stdio" else _upstreams(said),
+        upstreams=() if mode == "stdio" and command else _upstreams(said),
         server_name=said.get("server.name") or (Path(command[0]).name if command else "server"),
         opa=Opa(opa.pop("dir", None), opa.pop("opa", None), tools=Path(cache, "bin"), **opa),
         identity=Identity(actor, identity.get("static_for_all", False)),

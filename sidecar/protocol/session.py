@@ -39,7 +39,6 @@ from sidecar.protocol.methods import (
     MethodTable,
 )
 
-DISCOVER = "server/discover"
 VERSION_KEY = "io.modelcontextprotocol/protocolVersion"
 CLIENT_INFO_KEY = "io.modelcontextprotocol/clientInfo"
 CLIENT_CAPABILITIES_KEY = "io.modelcontextprotocol/clientCapabilities"
@@ -294,15 +293,11 @@ def envelope_version(message: Message) -> str | None:
 def is_modern(message: Message) -> bool:
     """Whether a client's message is one of the stateless revision: its envelope says so.
 
-    `server/discover` is in no other revision. One without an envelope is the server's to refuse: it
-    decides nothing, and a client learns from the server's own error which revisions there are.
-
     Raises:
         MalformedMessage: as `envelope_version`.
 
     """
-    discovers = isinstance(message, Request) and message.method == DISCOVER
-    return discovers or envelope_version(message) is not None
+    return envelope_version(message) is not None
 
 
 def check_headers(message: Message, headers: Mapping[str, str], table: MethodTable) -> None:
@@ -318,13 +313,13 @@ def check_headers(message: Message, headers: Mapping[str, str], table: MethodTab
         UnknownMethod: the same, and the modern revision has no such method.
 
     """
-    if isinstance(message, Response) or message.method == DISCOVER:
+    if isinstance(message, Response):
         return
     version, claimed = envelope_version(message), headers.get("mcp-protocol-version")
     if version is None:
         _check_legacy_header(message, claimed, table)
         return
-    if isinstance(message, Notification):
+    if isinstance(message, Notification) or message.method == "server/discover":
         return
     expected = {"mcp-protocol-version": version, "mcp-method": message.method}
     for name, value in expected.items():

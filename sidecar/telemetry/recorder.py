@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sidecar.telemetry")
 
-SHUTDOWN = 2.0
+SHUTDOWN = 1.5
 
 _UNTRACED = TraceContext()
 

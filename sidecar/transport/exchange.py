@@ -15,6 +15,7 @@ from multidict import CIMultiDict
 
 from sidecar.conversation import Ask, Call, Conversation, Origin, Server, Ticket
 from sidecar.policy.enforcement import Permitted
+from sidecar.protocol.jsonrpc import Message
 from sidecar.protocol.session import Bounded
 
 
@@ -62,6 +63,11 @@ class Exchange:
         """Whether the client waits for an answer with an id."""
         return self.call is not None and self.call.request_id is not None
 
+    @property
+    def endless(self) -> bool:
+        """Whether the answer is a stream that only ends when somebody ends it: nothing is due."""
+        return self.call is None or self.call.operation.method.target == "subscription"
+
     def sent(self) -> None:
         """The bytes have left: the next message of the conversation may follow."""
         if self.ticket is not None:
@@ -70,6 +76,9 @@ class Exchange:
 
 class Backend(Protocol):
     """The server's side of a route."""
+
+    def admit(self, exchange: Exchange, message: Message) -> None:
+        """Refuse, by a ProtocolError, what there is no server for, before it is judged."""
 
     async def forward(self, exchange: Exchange, permitted: Permitted) -> web.StreamResponse:
         """Send what is permitted, and bring the answer back. Releases the exchange's ticket."""

@@ -13,6 +13,9 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from sidecar.errors import HeaderMismatch, MalformedMessage, ProtocolError
 from sidecar.policy.enforcement import TRACE_CONTEXT
 
+SESSION = "Mcp-Session-Id"
+VERSION = "MCP-Protocol-Version"
+
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -63,6 +66,19 @@ def refuse_other_content(headers: Headers) -> None:
         raise ProtocolError("Content-Type must be application/json, in UTF-8", status=415)
     if _one(headers, "content-encoding").lower() not in ("", "identity"):
         raise ProtocolError("a body must not be compressed", status=415)
+
+
+def refuse_other_readers(headers: Headers, *media: str) -> None:
+    """Refuse a client that says it can not read what it would be answered with.
+
+    Raises:
+        ProtocolError: 406.
+    """
+    accept = _one(headers, "accept").lower()
+    readable = {each.partition(";")[0].strip() for each in accept.split(",")}
+    for each in media if accept else ():
+        if not readable & {each, f"{each.partition('/')[0]}/*", "*/*"}:
+            raise ProtocolError(f"Accept must list {' and '.join(media)}", status=406)
 
 
 def refuse_strangers(

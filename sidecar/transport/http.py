@@ -28,16 +28,17 @@ from sidecar.policy.identity import Actor
 from sidecar.protocol.framing import FrameTooLarge
 from sidecar.protocol.jsonrpc import Message, Strictness, decode, encode
 from sidecar.protocol.methods import MethodTable
-from sidecar.protocol.session import Session, check_headers, envelope_version
+from sidecar.protocol.session import Session, check_headers, is_modern
 from sidecar.transport import headers as rules
 from sidecar.transport.exchange import Exchange, Route
-from sidecar.transport.relay import SESSION
 
 log = logging.getLogger("sidecar.transport.http")
 
-VERSION = "MCP-Protocol-Version"
 ASSUMED_VERSION = "2025-03-26"
 """What a handshake client without the version header speaks (2025-06-18 transports)."""
+
+CLIENT_GONE = 499
+"""Never seen by anybody."""
 
 
 class HttpProxy:
@@ -80,8 +81,12 @@ class HttpProxy:
         except UpstreamError as error:
             log.warning("upstream: %s", error)
             return web.Response(status=502, text=f"{error}\n")
-        except ConnectionError:
-            raise
+        except ConnectionError as error:
+            if request.transport is not None and not request.transport.is_closing():
+                raise
+            # Nobody is there to be answered, and going away is no error of ours to be logged.
+            log.debug("the client went away: %s", error)
+            return web.Response(status=CLIENT_GONE)
         except Exception:
             log.exception("a request could not be handled")
             body = protocol_reply(None, INTERNAL, "internal error")
@@ -117,6 +122,7 @@ class HttpProxy:
         headers = {name.lower(): value for name, value in request.headers.items()}
         check_headers(message, headers, self._table)
         exchange = self._exchange(request, route, message)
+        route.backend.admit(exchange, message)
         outcome, exchange.ticket, exchange.call = await self._pipeline.from_client(
             exchange.conversation, message, exchange.origin, route.backend.asker(exchange)
         )
@@ -141,7 +147,7 @@ class HttpProxy:
         return bytes(body)
 
     def _exchange(self, request: web.Request, route: Route, message: Message | None) -> Exchange:
-        modern = message is not None and envelope_version(message) is not None
+        modern = message is not None and is_modern(message)
         origin = Origin(self._actor, request.remote, _trace_headers(request))
         conversation = self._conversation(request, route, modern)
 
@@ -161,9 +167,9 @@ class HttpProxy:
         Raises:
             ProtocolError: 404, the session is unknown (also after a restart) or somebody else's.
         """
-        session_id = None if modern else request.headers.get(SESSION)
+        session_id = None if modern else request.headers.get(rules.SESSION)
         if session_id is None:
-            version = None if modern else request.headers.get(VERSION, ASSUMED_VERSION)
+            version = None if modern else request.headers.get(rules.VERSION, ASSUMED_VERSION)
             session = Session(self._table, protocol_version=version)
             return Conversation(session, route.server, "http", lasting=False)
         conversation = route.sessions.find(session_id, self._actor.keys)
@@ -195,7 +201,7 @@ class HttpProxy:
 
 
 def _refusal(error: ProtocolError) -> web.Response:
-    body = encode(protocol_reply(error.request_id, error.rpc_code, str(error)))
+    body = encode(protocol_reply(error.request_id, error.rpc_code, str(error), error.data))
     response = web.json_response(body=body, status=error.status)
     if isinstance(error, FrameTooLarge):
         response.force_close()

@@ -15,14 +15,13 @@ from sidecar.errors import MalformedMessage, ProtocolError, UpstreamError
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import AnswerServer, Deliver, Permitted
 from sidecar.protocol.framing import Event, encode_event
-from sidecar.protocol.jsonrpc import FROM_SERVER, Request, Response, decode, encode
+from sidecar.protocol.jsonrpc import FROM_SERVER, Message, Request, Response, decode, encode
 from sidecar.transport import headers as rules
 from sidecar.transport.exchange import Exchange
 from sidecar.transport.upstream import HttpUpstream
 
 log = logging.getLogger("sidecar.transport.relay")
 
-SESSION = "Mcp-Session-Id"
 MAX_ERROR_BODY = 64 * 1024
 
 
@@ -33,6 +32,9 @@ class HttpRelay:
         self._pipeline = pipeline
         self._upstream = upstream
         self._streams: set[web.StreamResponse] = set()
+
+    def admit(self, exchange: Exchange, message: Message) -> None:
+        """Whatever it is, the server will say whether it wants it."""
 
     async def forward(self, exchange: Exchange, permitted: Permitted) -> web.StreamResponse:
         """Send what is permitted, and bring the answer back."""
@@ -79,7 +81,7 @@ class HttpRelay:
 
         One that it no longer knows (404) is forgotten.
         """
-        call, session_id = exchange.call, response.headers.get(SESSION)
+        call, session_id = exchange.call, response.headers.get(rules.SESSION)
         opening = call is not None and call.operation.method.name == "initialize"
         if opening and response.status < 300 and session_id and not exchange.conversation.lasting:
             exchange.sessions.open(session_id, exchange.conversation, exchange.origin.actor.keys)
@@ -124,7 +126,7 @@ class HttpRelay:
             status=response.status, headers=rules.to_client(response.headers)
         )
         await stream.prepare(exchange.request)
-        if exchange.call is None:
+        if exchange.endless:
             self._streams.add(stream)
         try:
             async for event in self._upstream.events(response):

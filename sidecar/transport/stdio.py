@@ -1,20 +1,21 @@
-"""stdin and stdout in front of a server that is our child (MCP stdio transport).
+"""stdin and stdout in front of a server (MCP stdio transport).
 
-Client lines go through the pipeline and, permitted, to the child's stdin; the child's lines come
-back the same way. Each message is a task of its own, so that one slow decision holds up nobody
-else; the pipeline keeps the order of what is forwarded. The child's stderr is left alone.
+Client lines go through the pipeline and, permitted, to a `Peer`: a child of ours, or a server
+behind HTTP. What it says comes back the same way, a line each. Each message is a task of its own,
+so that one slow decision holds up nobody else; the pipeline keeps the order of what is forwarded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Literal
 
 from sidecar.config import Limits
 from sidecar.conversation import Call, Conversation, Origin, Server
-from sidecar.errors import ConfigError, MalformedMessage, ProtocolError, UpstreamError
+from sidecar.errors import MalformedMessage, ProtocolError, UpstreamError
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import (
     INTERNAL,
@@ -28,100 +29,29 @@ from sidecar.policy.enforcement import (
 )
 from sidecar.policy.identity import Actor
 from sidecar.protocol.framing import FrameTooLarge, LineDecoder, refuse_raw_returns
-from sidecar.protocol.jsonrpc import (
-    FROM_SERVER,
-    Message,
-    Request,
-    RequestId,
-    Response,
-    Strictness,
-    decode,
-    encode,
-)
+from sidecar.protocol.jsonrpc import Message, Request, RequestId, Strictness, decode, encode
 from sidecar.protocol.methods import MethodTable
 from sidecar.protocol.session import Session
+from sidecar.transport.peer import Peer
 from sidecar.transport.pipes import CHUNK, Reader, Writer
 from sidecar.transport.tasks import Tasks
 
 log = logging.getLogger("sidecar.transport.stdio")
 
 MAX_TASKS = 1024
-STOP_GRACE = 5.0
-TERM_GRACE = 2.0
 
-
-class Child:
-    """The wrapped server: started, written to, and brought down."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._process = process
-        self._stdin = process.stdin
-        self.stdout = process.stdout
-        self.gone = False
-
-    @classmethod
-    async def start(cls, command: tuple[str, ...]) -> Child:
-        """Start `command`.
-
-        Raises:
-            ConfigError: there is no such command, or it may not be executed.
-        """
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=CHUNK,
-            )
-        except OSError as error:
-            raise ConfigError(f"COMMAND {command[0]!r} can not be started: {error}") from error
-        return cls(process)
-
-    def send(self, permitted: Permitted) -> None:
-        """Write a permitted message.
-
-        Raises:
-            UpstreamError: the server is gone; nothing was sent.
-        """
-        if self.gone or self._stdin.is_closing():
-            raise UpstreamError("the server is not running", sent=False)
-        self._stdin.write(permitted.frame + b"\n")
-
-    async def drain(self) -> None:
-        """Wait until the server has read enough. A server that is gone reads no more."""
-        with suppress(ConnectionError):
-            await self._stdin.drain()
-
-    async def stop(self) -> int:
-        """Close its stdin, wait, then SIGTERM, then SIGKILL (MCP lifecycle, stdio shutdown).
-
-        Returns its exit code, as a shell would give it.
-        """
-        self._stdin.close()
-        for patience, signum in ((STOP_GRACE, signal.SIGTERM), (TERM_GRACE, signal.SIGKILL)):
-            try:
-                return _exit_code(await asyncio.wait_for(self._process.wait(), patience))
-            except TimeoutError:
-                with suppress(ProcessLookupError):
-                    self._process.send_signal(signum)
-        return _exit_code(await self._process.wait())
-
-    def kill(self) -> None:
-        """End a server that broke the protocol."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+LAST_WORDS = 2.0
+"""Seconds that the end of the server's messages, and our last ones, are waited for."""
 
 
 class StdioProxy:
-    """One client on our stdin and stdout, one child, one conversation."""
+    """One client on our stdin and stdout, one server, one conversation."""
 
     def __init__(
         self,
         *,
         pipeline: Pipeline,
-        child: Child,
+        peer: Peer,
         server: Server,
         table: MethodTable,
         actor: Actor,
@@ -131,7 +61,7 @@ class StdioProxy:
         stdout: Writer,
     ) -> None:
         self._pipeline = pipeline
-        self._child = child
+        self._peer = peer
         self._conversation = Conversation(Session(table), server, "stdio")
         self._origin = Origin(actor)
         self._strictness = strictness
@@ -141,7 +71,6 @@ class StdioProxy:
         # A pool for each direction: messages that wait for a server which does not read must not
         # keep what it says from being read.
         self._inbound, self._outbound = Tasks(MAX_TASKS), Tasks(MAX_TASKS)
-        self._own: dict[RequestId, asyncio.Future[Response]] = {}
         self._delivered = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> int:
@@ -153,8 +82,8 @@ class StdioProxy:
         try:
             await asyncio.wait({reading, serving, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
-                await self._finish(reading, answers_too=stop.done())
-            return await self._end_child(serving)
+                await self._finish(reading, stop)
+            return await self._end_server(serving)
         finally:
             for task in (reading, serving, stop):
                 task.cancel()
@@ -163,29 +92,37 @@ class StdioProxy:
             await self._outbound.cancel()
             self._pipeline.close(self._conversation)
 
-    async def _finish(self, reading: asyncio.Task[None], *, answers_too: bool) -> None:
+    async def _finish(self, reading: asyncio.Task[None], stop: asyncio.Task[bool]) -> None:
         """Take no more messages, and judge and forward those that came.
 
-        The server's answers are waited for when it is we who end the conversation.
+        The server's answers are waited for when it is we who end the conversation, and when the
+        server can not know that its client has: then until somebody is in a hurry.
         """
         reading.cancel()
+        answers_too, hurried = stop.done() or not self._peer.sees_the_end, stop.done()
+        stop.add_done_callback(lambda _: self._delivered.set())
         with suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain):
                 await self._inbound.settle(self._limits.drain)
-                while answers_too and len(self._conversation.calls) and not self._child.gone:
+                while answers_too and self._answers_are_due() and stop.done() is hurried:
                     self._delivered.clear()
                     await self._delivered.wait()
 
-    async def _end_child(self, serving: asyncio.Task[None]) -> int:
+    def _answers_are_due(self) -> bool:
+        """A subscription is not answered before it ends."""
+        due = (each.operation.method.target != "subscription" for each in self._conversation.calls)
+        return any(due) and not self._peer.gone
+
+    async def _end_server(self, serving: asyncio.Task[None]) -> int:
         """Bring the server down, pass on what it still says, and answer for it what it did not."""
-        code = await self._child.stop()
-        await asyncio.wait({serving}, timeout=TERM_GRACE)
+        ended = await self._peer.stop()
+        await asyncio.wait({serving}, timeout=LAST_WORDS)
         await self._outbound.settle(self._limits.drain)
-        self._fail_waiting(UpstreamError(f"the server exited with {code}", sent=True))
+        self._fail_waiting(UpstreamError(ended.why, sent=True))
         with suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(TERM_GRACE):
+            async with asyncio.timeout(LAST_WORDS):
                 await self._stdout.drain()
-        return code
+        return ended.code
 
     # -------------------------------------------------------------- client to server
 
@@ -220,10 +157,11 @@ class StdioProxy:
     async def _from_client(self, message: Message) -> None:
         try:
             outcome, ticket, call = await self._pipeline.from_client(
-                self._conversation, message, self._origin, self._ask
+                self._conversation, message, self._origin, self._peer.ask
             )
         except ProtocolError as error:
             self._refuse(error)
+            await self._let_client_read()
             return
         except Exception:
             # Nothing was let through; whoever waits for an answer gets one.
@@ -232,12 +170,7 @@ class StdioProxy:
             raise
         match outcome:
             case Forward(permitted):
-                try:
-                    self._send(permitted, call)
-                finally:
-                    if ticket is not None:
-                        ticket.release()
-                await self._child.drain()
+                await self._send(permitted, call, ticket.release if ticket else _nothing)
             case Reply(response):
                 self._to_client(response)
                 await self._let_client_read()
@@ -249,57 +182,51 @@ class StdioProxy:
         with suppress(ConnectionError):
             await self._stdout.drain()
 
-    def _send(self, permitted: Permitted, call: Call | None) -> None:
+    async def _send(
+        self, permitted: Permitted, call: Call | None, sent: Callable[[], None]
+    ) -> None:
         try:
-            self._child.send(permitted)
+            await self._peer.send(permitted, call, sent)
         except UpstreamError as error:
-            if call is None:
-                return
-            response = self._pipeline.upstream_failed(self._conversation, call, error)
-            if response is not None:
-                self._to_client(response)
+            if call is not None:
+                self._fail(call, error)
 
-    async def _ask(self, permitted: Permitted) -> Response:
-        """Put the sidecar's own request to the server."""
-        assert isinstance(permitted.message, Request)
-        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self._own[permitted.message.id] = answer
-        try:
-            self._child.send(permitted)
-            return await answer
-        finally:
-            self._own.pop(permitted.message.id, None)
+    def _fail(self, call: Call, error: UpstreamError) -> None:
+        response = self._pipeline.upstream_failed(self._conversation, call, error)
+        if response is not None:
+            with suppress(ConnectionError):
+                self._to_client(response)
 
     # -------------------------------------------------------------- server to client
 
     async def _read_server(self) -> None:
-        lines = LineDecoder(self._limits.server_message)
         try:
-            while data := await self._child.stdout.read(CHUNK):
-                for frame in lines.feed(data):
-                    await self._take_from_server(frame)
-                await self._stdout.drain()
-        except FrameTooLarge as error:
-            log.error("ending the server: %s", error)
-            self._child.kill()
+            await self._peer.read(self)
         except ConnectionError as error:
             log.info("the client is gone: %s", error)
-        finally:
-            self._child.gone = True
 
-    async def _take_from_server(self, frame: bytes) -> None:
-        try:
-            message = decode(frame, FROM_SERVER)
-        except MalformedMessage as error:
-            log.warning("dropped a line of the server's stdout that is no message: %s", error)
-            self._pipeline.malformed(error)
-            return
-        if isinstance(message, Response) and message.id in self._own:
-            own = self._own.pop(message.id)
-            if not own.done():
-                own.set_result(message)
-            return
+    async def heard(self, message: Message, frame: bytes) -> None:
+        """Judge what the server said, beside what it says next."""
         await self._outbound.spawn(self._from_server(message, frame))
+        await self._stdout.drain()
+
+    async def lost(self, request_id: RequestId, error: UpstreamError) -> None:
+        """The client gets an answer from us, behind all that the server said before."""
+
+        async def answer() -> None:
+            if (call := self._conversation.calls.get(request_id)) is not None:
+                self._fail(call, error)
+            self._delivered.set()
+
+        await self._outbound.spawn(answer())
+
+    def malformed(self, error: ProtocolError) -> None:
+        """The server said something that is no message: it goes nowhere."""
+        self._pipeline.malformed(error)
+
+    async def admits(self, action: Literal["open", "resume", "close"]) -> bool:
+        """Streams are actions of the client's, though it does not know that there are any."""
+        return await self._pipeline.stream(self._conversation, action, self._origin) is None
 
     async def _from_server(self, message: Message, frame: bytes) -> None:
         try:
@@ -312,7 +239,7 @@ class StdioProxy:
             case Deliver(replaced):
                 self._stdout.write((frame if replaced is None else encode(replaced)) + b"\n")
             case AnswerServer(permitted):
-                self._send(permitted, None)
+                await self._send(permitted, None, _nothing)
             case Drop():
                 pass
         self._delivered.set()
@@ -322,15 +249,10 @@ class StdioProxy:
 
     def _fail_waiting(self, error: UpstreamError) -> None:
         """Whoever still waits for the server gets an answer from us."""
-        for future in self._own.values():
-            if not future.done():
-                future.set_exception(error)
+        self._peer.fail_asked(error)
         for call in self._conversation.calls.drain():
-            response = self._pipeline.upstream_failed(self._conversation, call, error)
-            if response is not None:
-                with suppress(ConnectionError):
-                    self._to_client(response)
+            self._fail(call, error)
 
 
-def _exit_code(returncode: int) -> int:
-    return returncode if returncode >= 0 else 128 - returncode
+def _nothing() -> None:
+    """Nobody waits for it."""

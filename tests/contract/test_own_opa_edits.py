@@ -17,7 +17,9 @@ from sidecar.opa.own import IN_FORCE_PATIENCE
 from tests.support.opa import CALLERS, eventually, write
 from tests.support.own_opa import BROKEN_REGO, Running, data, running
 
-IN_FORCE = 20.0  # seconds; 2 are promised (test_policy_reload.py measures), a busy machine takes more
+IN_FORCE = (
+    20.0  # seconds; 2 are promised (test_policy_reload.py measures), a busy machine takes more
+)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from tests.support.processes import (
     sidecar,
     ticket_desk,
 )
+from tests.support.raw import Pipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -101,10 +102,21 @@ def listens(newcomer: Newcomer, command: str) -> None:
     with ticket_desk(newcomer.folder / "log") as server:
         newcomer.upstream = server.url
         newcomer.config()
-        words = [*newcomer.sidecar(command), "--admin", "127.0.0.1:0"]
+        words = newcomer.sidecar(command)
+        words[4:4] = ["--admin", "127.0.0.1:0"]  # behind the name of the command
         with Process(words, env=newcomer.env) as process:
             url = process.wait_for(LISTENING)[1]
             assert get(url.rpartition("/")[0] + "/nothing-here")[0] == 404
+
+
+def bridges(newcomer: Newcomer, command: str) -> None:
+    with ticket_desk(newcomer.folder / "log") as server:
+        newcomer.upstream = server.url
+        with Process(newcomer.sidecar(command), env=newcomer.env, pipes=True) as process:
+            pipe = Pipe(process)
+            assert pipe.greet()["result"]["serverInfo"]["name"] == "ticket-desk"
+            pipe.end()
+            assert pipe.wait_for_end() == 0
 
 
 def checks(newcomer: Newcomer, command: str) -> None:
@@ -121,6 +133,10 @@ RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "mcp-sidecar check --policy ./policy": checks,
     "mcp-sidecar http --policy ./policy --actor service:reporting --listen 127.0.0.1:15801 "
     "--upstream http://127.0.0.1:8080/mcp": listens,
+    "mcp-sidecar http --policy ./policy --actor service:reporting --listen 127.0.0.1:15801 "
+    "-- python ticket_server.py": listens,
+    "mcp-sidecar stdio --policy ./policy --actor agent:support-bot "
+    "--upstream http://127.0.0.1:8080/mcp": bridges,
     "mcp-sidecar http --config sidecar.yaml --otlp http://localhost:4318": listens,
 }
 

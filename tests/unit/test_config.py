@@ -346,6 +346,8 @@ def test_service_links_of_kubernetes_are_not_ours() -> None:
             --upstream= -> upstreams.0.name=a upstreams.0.path=/a upstreams.0.url=http://a/x
             upstreams.1.name=b upstreams.1.path=/y upstreams.1.url=https://b/y
         file={upstreams:[{url:'http://u'}],listen:0.0.0.0} -> upstreams=() listen=None admin=None
+        file={upstreams:[{url:'http://u'}]} --command= -> upstreams.0.name=u listen=None
+        --command= --upstream=http://t:9/mcp -> upstreams.0.url=http://t:9/mcp listen=None
         file={identity:{static_for_all:true}} --mode=http --listen=0.0.0.0 --actor=agent:x
             -> identity.static_for_all=True identity.actor.assurance=1 listen.host=0.0.0.0
         --mode=http --listen=0.0.0.0 -> identity.actor.assurance=0 listen.host=0.0.0.0
@@ -515,7 +517,9 @@ def test_yaml_is_read_as_editors_read_it(
         --policy= --opa=unix:/a -> --opa: must be a URL, or unix:///PATH of a socket, not "unix:/a"
         --actor=bob -> --actor: must be human:ID, service:ID or agent:ID, not "bob"
         --actor=root:a -> --actor: must be human:ID, service:ID or agent:ID, not "root:a"
-        --command= -> no server: stdio needs -- COMMAND [ARG…]
+        --command= -> no server: stdio needs -- COMMAND, or --upstream URL
+        file={upstreams:[{url:'http://a/x'},{url:'http://b'}]} --command=
+            -> upstreams: stdio takes one
         --mode=http --upstream= -> no server: http needs --upstream URL, or -- COMMAND
         --mode=http --listen= -> no address: http needs --listen HOST:PORT
         --mode=http --listen=0.0.0.0 --actor=agent:x
@@ -559,8 +563,6 @@ def test_every_problem_is_told_at_once() -> None:
         ("upstreams: [{url: http://a, transport: sse}]", {}, "upstreams[0].transport: a choice"),
         ("", {"mode": "http", "upstream": "unix-stdio:///s"}, "--upstream: unix-stdio://"),
         ("", {"mode": "http", "upstream": "http://a/sse"}, "--upstream: the legacy HTTP+SSE"),
-        ("", {"upstream": "http://a"}, "stdio --upstream URL"),
-        ("upstreams: [{url: http://a}]", {"command": ()}, "stdio --upstream URL"),
     ],
 )
 def test_what_is_not_built_says_so_and_what_is(

@@ -12,9 +12,11 @@ from sidecar.protocol.catalog import (
     Tool,
     digest,
     is_tool,
+    is_well_annotated,
     read_page,
     read_tool,
 )
+from sidecar.protocol.mirror import Mirror
 
 
 def tools(names: str, mark: str = "") -> list[Tool]:
@@ -207,6 +209,18 @@ def test_a_tool_is_remembered_with_its_hints_and_a_digest_of_all_of_it() -> None
     assert found.digest == digest(item)
     assert read_tool({**item, "description": "other"}).digest != found.digest
     assert read_tool({"name": "a", "annotations": "none"}).annotations == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mirrors"), [("string", (Mirror(("x",), "Mcp-Param-X"),)), ("number", ())]
+)
+def test_the_arguments_that_headers_repeat_are_remembered_if_all_are_good(
+    kind: str, mirrors: tuple[Mirror, ...]
+) -> None:
+    argument = {"type": kind, "x-mcp-header": "X"}
+    item = {"name": "a", "inputSchema": {"type": "object", "properties": {"x": argument}}}
+    assert read_tool(item).mirrors == mirrors
+    assert is_well_annotated(item) is bool(mirrors)
 
 
 @pytest.mark.parametrize("item", [None, 1, "a", [], {}, {"name": None}], ids=repr)

@@ -269,7 +269,7 @@ def test_without_an_envelope_the_revision_is_that_of_the_handshake() -> None:
     [
         pytest.param(Request(7, "tools/destroy"), CLIENT, {}, 200, id="nobody's"),
         pytest.param(Request(7, "tools/Call", {"name": "t"}), CLIENT, {}, 200, id="case"),
-        pytest.param(Request(7, "subscriptions/listen"), CLIENT, {}, 200, id="of the other era"),
+        pytest.param(Request(7, "server/discover"), CLIENT, {}, 200, id="of the other era"),
         pytest.param(modern("initialize", 7), CLIENT, {}, 404, id="of the era before"),
         pytest.param(modern("tasks/result", 7, taskId="1"), CLIENT, {}, 404, id="removed"),
         pytest.param(modern("ping", 7), CLIENT, {}, 404, id="removed ping"),
@@ -296,14 +296,7 @@ def test_an_unknown_method_is_refused_with_its_id(
     assert message.method in str(error)
 
 
-def test_a_discovery_without_envelope_is_the_servers_to_refuse() -> None:
-    operation = receive(Request(7, "server/discover"), protocol_version="2025-06-18")
-    assert (operation.era, operation.method.name) == (Era.MODERN, "server/discover")
-
-
-@pytest.mark.parametrize(
-    "method", ["tools/call", "ping", "notifications/none", "roots/list", "server/discover"]
-)
+@pytest.mark.parametrize("method", ["tools/call", "ping", "notifications/none", "roots/list"])
 def test_a_request_without_id_is_no_notification(method: str) -> None:
     with pytest.raises(UnknownMethod) as refused:
         receive(Notification(method, {"name": "t"}))

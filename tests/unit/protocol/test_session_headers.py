@@ -129,6 +129,9 @@ def test_headers_that_differ_from_the_body_are_refused(
         pytest.param(
             Request(7, "tools/call", {"name": "t"}), MalformedMessage, -32602, 400, id="call"
         ),
+        pytest.param(
+            Request(7, "server/discover", {"_meta": {}}), MalformedMessage, -32602, 400, id="probe"
+        ),
         pytest.param(Request(7, "initialize", {}), UnknownMethod, -32601, 404, id="handshake"),
         pytest.param(Request(7, "nobody/knows"), UnknownMethod, -32601, 404, id="unknown"),
         pytest.param(

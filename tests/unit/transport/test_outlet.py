@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 
 from sidecar.transport import outlet as module
-from sidecar.transport.outlet import BOUND, Outlet
+from sidecar.transport.outlet import BOUND, COMMENT, Outlet, respond
 
 
 async def rest(outlet: Outlet) -> list[bytes]:
@@ -97,3 +100,69 @@ async def test_an_answer_whose_writer_is_cancelled_is_there_all_the_same() -> No
     answering.cancel()
     await asyncio.wait({answering})
     assert (await rest(outlet))[-1] == b"answer"
+
+
+class Written(web.StreamResponse):
+    """A stream that is written to memory, by a client that is gone at some point."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.data: list[bytes] = []
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing to send."""
+
+    async def write(self, data: Any) -> None:
+        if b"gone" in data:
+            raise ConnectionResetError
+        self.data.append(bytes(data))
+
+    async def write_eof(self, data: Any = b"") -> None:
+        self.data.append(b"end")
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "StreamResponse", Written)
+
+
+async def test_an_answer_alone_is_json_and_carries_the_session() -> None:
+    outlet = Outlet()
+    outlet.finish(b"{}")
+    response = await respond(outlet, make_mocked_request("POST", "/"), {"Mcp-Session-Id": "s"})
+    assert isinstance(response, web.Response)
+    assert (response.body, response.content_type) == (b"{}", "application/json")
+    assert response.headers["Mcp-Session-Id"] == "s"
+
+
+@pytest.mark.usefixtures("written")
+async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEEP_ALIVE", 0.01)
+    outlet = Outlet()
+    task = asyncio.get_running_loop().create_task(
+        respond(outlet, make_mocked_request("POST", "/"), {"Mcp-Session-Id": "s"})
+    )
+    await asyncio.sleep(0.1)
+    outlet.offer(b"1")
+    await outlet.put_answer(b"2")
+    response = await task
+    assert isinstance(response, Written)
+    assert response.headers["Mcp-Session-Id"] == "s"
+    assert response.headers["Content-Type"] == "text/event-stream"
+    assert response.data[0] == COMMENT
+    assert [each for each in response.data if each != COMMENT] == [
+        b"data: 1\n\n",
+        b"data: 2\n\n",
+        b"end",
+    ]
+
+
+@pytest.mark.usefixtures("written")
+async def test_a_client_that_is_gone_is_the_end_of_its_stream() -> None:
+    outlet = Outlet()
+    outlet.offer(b"1")
+    outlet.offer(b"gone")
+    outlet.finish(b"answer")
+    response = await respond(outlet, make_mocked_request("POST", "/"))
+    assert isinstance(response, Written)
+    assert response.data == [b"data: 1\n\n"]

@@ -1,0 +1,164 @@
+"""A server that is our child: started, written to, read, asked, and brought down (MCP stdio).
+
+`send` takes a `Permitted` and nothing else. The answers to the sidecar's own questions (`ask`) end
+here; every other message goes to whoever reads. The child's stderr is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from sidecar.errors import ConfigError, MalformedMessage, ProtocolError, UpstreamError
+from sidecar.policy.enforcement import Permitted
+from sidecar.protocol.framing import FrameTooLarge, LineDecoder
+from sidecar.protocol.jsonrpc import FROM_SERVER, Message, Request, RequestId, Response, decode
+from sidecar.transport.pipes import CHUNK
+
+log = logging.getLogger("sidecar.transport.child")
+
+STOP_GRACE = 5.0
+TERM_GRACE = 2.0
+
+Take = Callable[[Message, bytes], Awaitable[None]]
+"""Who gets a message of the server, and the bytes that it came as."""
+
+
+class Child:
+    """The wrapped server. `gone` says that it reads and writes no more."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._own: dict[RequestId, asyncio.Future[Response]] = {}
+        self.gone = False
+
+    @classmethod
+    async def start(cls, command: tuple[str, ...]) -> Child:
+        """Start `command`.
+
+        Raises:
+            ConfigError: there is no such command, or it may not be executed.
+        """
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=CHUNK,
+            )
+        except OSError as error:
+            raise ConfigError(f"COMMAND {command[0]!r} can not be started: {error}") from error
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def send(self, permitted: Permitted) -> None:
+        """Write a permitted message.
+
+        Raises:
+            UpstreamError: the server is gone; nothing was sent.
+        """
+        if self.gone or self._stdin.is_closing():
+            raise UpstreamError("the server is not running", sent=False)
+        self._stdin.write(permitted.frame + b"\n")
+
+    async def drain(self) -> None:
+        """Wait until the server has read enough. A server that is gone reads no more."""
+        with suppress(ConnectionError):
+            await self._stdin.drain()
+
+    async def ask(self, permitted: Permitted) -> Response:
+        """Put the sidecar's own request to the server.
+
+        Raises:
+            UpstreamError: the server is gone, or goes before it answers.
+        """
+        assert isinstance(permitted.message, Request)
+        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self._own[permitted.message.id] = answer
+        try:
+            self.send(permitted)
+            return await answer
+        finally:
+            self._own.pop(permitted.message.id, None)
+
+    async def read(
+        self, limit: int, take: Take, malformed: Callable[[ProtocolError], None]
+    ) -> None:
+        """Give every message to `take` until the server has no more to say.
+
+        A server whose message is larger than `limit` is ended: the rest can not be read.
+        """
+        lines = LineDecoder(limit)
+        try:
+            while data := await self._stdout.read(CHUNK):
+                for frame in lines.feed(data):
+                    await self._read_frame(frame, take, malformed)
+        except FrameTooLarge as error:
+            log.error("ending the server: %s", error)
+            self.kill()
+        finally:
+            self.gone = True
+
+    async def _read_frame(
+        self, frame: bytes, take: Take, malformed: Callable[[ProtocolError], None]
+    ) -> None:
+        try:
+            message = decode(frame, FROM_SERVER)
+        except MalformedMessage as error:
+            log.warning("dropped a line of the server's stdout that is no message: %s", error)
+            malformed(error)
+            return
+        if isinstance(message, Response) and message.id in self._own:
+            own = self._own.pop(message.id)
+            if not own.done():
+                own.set_result(message)
+            return
+        await take(message, frame)
+
+    def fail_asked(self, error: UpstreamError) -> None:
+        """The sidecar's own questions will not be answered."""
+        for future in self._own.values():
+            if not future.done():
+                future.set_exception(error)
+
+    async def wait(self) -> int:
+        """Until the process has ended; its exit code, as a shell would give it."""
+        return _exit_code(await self._process.wait())
+
+    async def stop(self) -> int:
+        """Close its stdin, wait, then SIGTERM, then SIGKILL (MCP lifecycle, stdio shutdown).
+
+        Returns its exit code, as a shell would give it.
+        """
+        self._stdin.close()
+        for patience, signum in ((STOP_GRACE, signal.SIGTERM), (TERM_GRACE, signal.SIGKILL)):
+            try:
+                return await asyncio.wait_for(self.wait(), patience)
+            except TimeoutError:
+                with suppress(ProcessLookupError):
+                    self._process.send_signal(signum)
+        return await self.wait()
+
+    def release(self) -> None:
+        """Let go of its pipes, also of one that a process of its own still holds."""
+        self._process._transport.close()  # type: ignore[attr-defined]
+
+    def kill(self) -> None:
+        """End a server that broke the protocol."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+
+def _exit_code(returncode: int) -> int:
+    return returncode if returncode >= 0 else 128 - returncode
