@@ -8,16 +8,22 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 
 TOOLS = [{"name": "search_tickets", "inputSchema": {"type": "object"}}]
 RESULT = {"content": [{"type": "text", "text": "x" * 400}], "isError": False}
 LISTING = {"tools": TOOLS, "ttlMs": 0, "cacheScope": "private"}
 
 
-def answer(body: bytes) -> bytes:
+def answer(body: bytes, first: int = 0) -> bytes:
+    """The answer to any request; `first` is when the first byte of all came in, in nanoseconds."""
     message = json.loads(body)
     result = LISTING if message["method"] == "tools/list" else RESULT
-    reply = {"jsonrpc": "2.0", "id": message["id"], "result": {**result, "resultType": "complete"}}
+    reply = {
+        "jsonrpc": "2.0",
+        "id": message["id"],
+        "result": {**result, "resultType": "complete", "_meta": {"first": first}},
+    }
     return json.dumps(reply, separators=(",", ":")).encode()
 
 
@@ -53,8 +59,10 @@ async def serve_http() -> None:
 
 
 def serve_stdio() -> None:
+    first = 0
     for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(answer(line) + b"\n")
+        first = first or time.time_ns()
+        sys.stdout.buffer.write(answer(line, first) + b"\n")
         sys.stdout.buffer.flush()
 
 
