@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -79,12 +80,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = {"stdio": _run_stdio, "http": _run_http, "check": _run_check}[options.mode]
         return run(_settings(options))
     except ConfigError as error:
-        for problem in error.problems:
+        for problem in (*error.problems, *_policy_problems(options)):
             print(f"mcp-sidecar: {problem}", file=sys.stderr)
         return CONFIG_FAULT
     except PolicyUnusable as error:
         print(f"mcp-sidecar: {error}", file=sys.stderr)
         return POLICY_FAULT
+
+
+def _policy_problems(options: argparse.Namespace) -> tuple[str, ...]:
+    """What `check` has to say of the policy as well, when the configuration can not be used."""
+    from sidecar import config
+
+    if options.mode != "check" or options.policy is None:
+        return ()
+    tools = ("MCP_SIDECAR_OPA_BIN", "MCP_SIDECAR_CACHE")
+    others = ("MCP_SIDECAR_", "OTEL_")
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name in tools or not name.startswith(others)
+    }
+    flags = {"policy": options.policy}
+    try:
+        settings = config.load(mode="check", flags=flags, environ=environ, read=Path.read_text)
+        _run(_check(settings, show=False))
+    except (ConfigError, PolicyUnusable) as error:
+        return (str(error),)
+    return ()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -502,9 +525,25 @@ def _served(settings: Settings) -> list[tuple[str, str]]:
     return [(each.path, each.url) for each in settings.upstreams]
 
 
-async def _check(settings: Settings) -> int:
+async def _check(settings: Settings, *, show: bool = True) -> int:
     """Start what there is, ask it one question, and show what would be in force."""
-    from sidecar import config, opa
+    from sidecar import config
+
+    revision = await _asked_once(settings)
+    if not show:
+        return 0
+    print(json.dumps(config.describe(settings), indent=2))
+    print(f"fine: OPA decides, policy revision {revision or '(none)'}", file=sys.stderr)
+    return 0
+
+
+async def _asked_once(settings: Settings) -> str | None:
+    """Ask OPA the canary question; the revision that it decides by.
+
+    Raises:
+        PolicyUnusable: OPA can not be started, or gives no decision.
+    """
+    from sidecar import opa
     from sidecar.errors import DecisionError
 
     async with AsyncExitStack() as stack:
@@ -516,9 +555,7 @@ async def _check(settings: Settings) -> int:
             decision = await decider.decide(question, deadline=settings.opa.deadline, headers={})
         except DecisionError as error:
             raise PolicyUnusable(f"OPA gives no decision: {error} ({error.detail})") from error
-    print(json.dumps(config.describe(settings), indent=2))
-    print(f"fine: OPA decides, policy revision {decision.revision or '(none)'}", file=sys.stderr)
-    return 0
+    return decision.revision
 
 
 def _strictness(settings: Settings) -> Any:

@@ -329,6 +329,18 @@ def test_check_shows_what_would_be_in_force(env: dict[str, str], tmp_path: Path)
     assert re.search(r"fine: OPA decides, policy revision [0-9a-f]{12}", done.stderr)
 
 
+def test_check_tells_of_configuration_and_policy_at_once(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    config, policy = tmp_path / "config.yaml", tmp_path / "policy"
+    config.write_text("limts: {nesting: 32}\n", encoding="utf-8")
+    policy.mkdir()
+    (policy / "custom.rego").write_text("package mcp.custom\nallow contains if\n", encoding="utf-8")
+    told = fits(run(env, "check", "--config", config, "--policy", policy), CONFIG_FAULT)
+    assert "did you mean 'limits'" in told
+    assert "custom.rego:2" in told
+
+
 def test_check_of_an_opa_that_does_not_answer_says_so(env: dict[str, str], tmp_path: Path) -> None:
     done = run(env, "check", "--opa", f"unix://{tmp_path / 'opa.sock'}")
     assert "connection_error" in fits(done, POLICY_FAULT)
