@@ -8,14 +8,14 @@ is judged; the headers are written from it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sidecar.errors import MalformedMessage
 from sidecar.protocol.jsonrpc import MAX_SAFE_INTEGER, JsonObject, Notification, Request
 from sidecar.protocol.methods import Direction, Era, MethodTable
-from sidecar.protocol.session import encode_sentinel, envelope_version
+from sidecar.protocol.session import decode_sentinel, encode_sentinel, envelope_version
 
 ANNOTATION = "x-mcp-header"
 PREFIX = "Mcp-Param-"
@@ -108,14 +108,30 @@ def _below(keyword: str, value: Any) -> list[Any]:
 
 def parameter_headers(mirrors: tuple[Mirror, ...], arguments: Any) -> dict[str, str]:
     """The headers that repeat arguments; one that is absent, null or no scalar has none."""
-    headers = {}
+    texts = {each.header: _mirrored(each, arguments) for each in mirrors}
+    return {name: encode_sentinel(text) for name, text in texts.items() if text is not None}
+
+
+def contradicted(
+    mirrors: tuple[Mirror, ...], arguments: Any, sent: Callable[[str], list[str]]
+) -> str | None:
+    """The first header that does not repeat its argument, None when all of them do.
+
+    `sent` gives the values of a header, none or several. One that is missing though its argument is
+    there contradicts it, and so does one that stands without it, or twice, or is broken.
+    """
     for mirror in mirrors:
-        value = arguments
-        for name in mirror.path:
-            value = value.get(name) if isinstance(value, dict) else None
-        if (text := _text(value)) is not None:
-            headers[mirror.header] = encode_sentinel(text)
-    return headers
+        text = _mirrored(mirror, arguments)
+        if [decode_sentinel(value) for value in sent(mirror.header)] != [text] * (text is not None):
+            return mirror.header
+    return None
+
+
+def _mirrored(mirror: Mirror, arguments: Any) -> str | None:
+    value = arguments
+    for name in mirror.path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return _text(value)
 
 
 def _text(value: Any) -> str | None:

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from sidecar.config import Limits
 from sidecar.conversation import Call, Conversation, Origin, Server
-from sidecar.errors import ConfigError, ProtocolError, UpstreamError
+from sidecar.errors import ConfigError, HeaderMismatch, ProtocolError, UpstreamError
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import AnswerServer, Deliver, Permitted, readdressed, taken_back
 from sidecar.policy.identity import UNKNOWN
@@ -32,6 +32,7 @@ from sidecar.protocol.jsonrpc import (
     encode,
 )
 from sidecar.protocol.methods import MethodTable
+from sidecar.protocol.mirror import contradicted
 from sidecar.protocol.session import Session
 from sidecar.transport.child import Child
 from sidecar.transport.exchange import Exchange
@@ -224,6 +225,7 @@ class SharedServer:
         try:
             if call is None or not exchange.answers:
                 return web.Response(status=202)
+            self._check_mirrors(exchange, permitted)
             return await (await self._running()).request(exchange, permitted)
         except UpstreamError as error:
             assert call is not None
@@ -235,6 +237,24 @@ class SharedServer:
             if call is not None and call.outcome is None:
                 self._pipeline.abandon(exchange.conversation, call)
             self._pipeline.close(exchange.conversation)
+
+    def _check_mirrors(self, exchange: Exchange, permitted: Permitted) -> None:
+        """Refuse a call whose headers contradict its arguments: nobody behind a pipe sees them.
+
+        Raises:
+            HeaderMismatch: a header that an argument's schema asks for is missing or differs.
+        """
+        request = permitted.message
+        if not isinstance(request, Request) or request.method != "tools/call":
+            return
+        params, headers = request.params or {}, exchange.request.headers
+        tool = self._server.catalog.look_up(str(params.get("name"))).tool
+        mirrors = () if tool is None else tool.mirrors
+        name = contradicted(
+            mirrors, params.get("arguments"), lambda header: headers.getall(header, [])
+        )
+        if name is not None:
+            raise HeaderMismatch(f"header {name} does not match the body", request_id=request.id)
 
     async def ask(self, permitted: Permitted) -> Response:
         """Put the sidecar's own request to the server."""

@@ -18,7 +18,13 @@ from mcp.shared.inbound import (
 from sidecar.errors import MalformedMessage
 from sidecar.protocol.jsonrpc import Notification, Request
 from sidecar.protocol.methods import MODERN_REVISION, MethodTable
-from sidecar.protocol.mirror import Mirror, parameter_headers, read_mirrors, request_headers
+from sidecar.protocol.mirror import (
+    Mirror,
+    contradicted,
+    parameter_headers,
+    read_mirrors,
+    request_headers,
+)
 from sidecar.protocol.session import VERSION_KEY, decode_sentinel, encode_sentinel
 
 TABLE = MethodTable.of(("tickets/purge",))
@@ -187,3 +193,49 @@ SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | TEXT
 def test_arguments_are_repeated_as_the_official_client_does(arguments: dict[str, Any]) -> None:
     expected = mcp_param_headers(x_mcp_header_map(DEEP), arguments)
     assert parameter_headers(read_mirrors(DEEP), arguments) == expected
+
+
+# ── Headers that contradict the arguments ─────────────────────────────────────────────────────────
+
+REGION = read_mirrors(schema(region=annotated("Region"), days=annotated("Days", "integer")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent", "found"),
+    [
+        pytest.param({"region": "eu"}, {"Mcp-Param-Region": ["eu"]}, None, id="repeated"),
+        pytest.param({"region": "é"}, {"Mcp-Param-Region": ["=?base64?w6k=?="]}, None, id="base64"),
+        pytest.param({"days": 3}, {"Mcp-Param-Days": [" 3 "]}, None, id="a number"),
+        pytest.param({}, {}, None, id="neither"),
+        pytest.param({"region": None}, {}, None, id="null has none"),
+        pytest.param(None, {}, None, id="no arguments"),
+        pytest.param({"region": "eu"}, {}, "Mcp-Param-Region", id="missing"),
+        pytest.param(
+            {"region": "eu"}, {"Mcp-Param-Region": ["us"]}, "Mcp-Param-Region", id="other"
+        ),
+        pytest.param({}, {"Mcp-Param-Region": ["us"]}, "Mcp-Param-Region", id="without argument"),
+        pytest.param(
+            {"region": ["eu"]}, {"Mcp-Param-Region": ["eu"]}, "Mcp-Param-Region", id="list"
+        ),
+        pytest.param(
+            {"region": "eu"}, {"Mcp-Param-Region": ["eu", "eu"]}, "Mcp-Param-Region", id="twice"
+        ),
+        pytest.param(
+            {"region": "é"},
+            {"Mcp-Param-Region": ["=?base64?w6k?="]},
+            "Mcp-Param-Region",
+            id="padding",
+        ),
+    ],
+)
+def test_a_header_that_does_not_repeat_its_argument_is_found(
+    arguments: Any, sent: dict[str, list[str]], found: str | None
+) -> None:
+    assert contradicted(REGION, arguments, lambda name: sent.get(name, [])) == found
+
+
+@given(st.dictionaries(st.sampled_from(["region", "days"]), TEXT | st.integers() | st.none()))
+def test_the_headers_that_we_write_contradict_nothing(arguments: dict[str, Any]) -> None:
+    headers = parameter_headers(REGION, arguments)
+    sent = {name: [value] for name, value in headers.items()}
+    assert contradicted(REGION, arguments, lambda name: sent.get(name, [])) is None
