@@ -24,7 +24,6 @@ JsonObject = dict[str, Any]
 RequestId = str | int
 
 PARSE_ERROR = -32700
-INVALID_REQUEST = -32600
 INVALID_PARAMS = -32602
 
 MAX_SAFE_INTEGER = 2**53 - 1
