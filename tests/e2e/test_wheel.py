@@ -40,7 +40,7 @@ def test_the_policies_are_in_it_and_their_tests_are_not(unpacked: Path) -> None:
     shipped = {str(each.relative_to(policies)) for each in policies.rglob("*") if each.is_file()}
     assert shipped >= POLICIES
     assert not [each for each in shipped if each.endswith("_test.rego")]
-    assert (unpacked / "sidecar" / "config.schema.json").exists()
+    assert (unpacked / "sidecar" / "config" / "schema.json").exists()
 
 
 def test_a_copied_starter_works_with_the_library_of_the_wheel(

@@ -1,245 +1,36 @@
-"""Settings: what each source says, which wins, and what is refused in which words."""
+"""What each source says, which wins, and what is refused in which words."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar import config
-from sidecar.config import KEYS, Mode, Record, Settings, describe
+from sidecar.config import KEYS, Settings
 from sidecar.errors import ConfigError, NotSupported
 from sidecar.policy.identity import UNKNOWN
-
-SCHEMA: dict[str, Any] = json.loads(
-    Path(config.__file__).with_name("config.schema.json").read_text("utf-8")
+from tests.support.settings import (
+    EXAMPLES,
+    STATIC,
+    alone,
+    assert_set,
+    at,
+    entries,
+    load,
+    problems,
+    understood,
+    with_policy,
 )
-STATIC = {"type": "agent", "id": "bot", "on_behalf_of": {"type": "human", "id": "ann"}}
-HTTP = {"listen": "127.0.0.1:0", "upstream": "http://tickets:9000/mcp"}
-
-# One value per key that is not its default: each has to change the settings.
-GROUPS: Mapping[str, Any] = yaml.safe_load("""
-    server: {name: tickets}
-    upstreams: [{name: a, path: /a, url: 'http://a:1/mcp'}, {url: 'https://b/mcp'}]
-    listen: 127.0.0.1:8080
-    admin: 'off'
-    policy: {dir: other, opa: 'unix:///run/mcp-opa/opa.sock', binary: /opt/opa, deadline: 0.25,
-      listing_deadline: 1, poll: 0.1, canary: 5}
-    identity: {source: none, static_for_all: true, static: {type: agent, id: bot, groups: [bots],
-      scopes: ['a:b'], claims: {team: [1]}, on_behalf_of: {type: human, id: ann}}}
-    enforcement: {shadow: allowed, disclose: codes, denial: result}
-    limits: {client_message: 2048, server_message: 4096, nesting: 32, calls_in_flight: 7,
-      sessions: 8, children: 9, connect: 1.5, response: 30, drain: 0, catalog: 1}
-    protocol: {big_integers: pass, methods: [vendor/ping]}
-    http: {hosts: [tickets.example, '[::1]'], forward_authorization: false,
-      origins: ['https://app.example:8443', 'vscode-webview://abc']}
-    bridge: {path: /tickets, shared: true}
-    telemetry: {otlp: 'http://collector:4318', protocol: grpc, exporter: console, ratio: 0.1,
-      service_name: desk}
-    audit: {path: '-', sync: true}
-    pod: {name: tickets-7c9, namespace: support, service_account: tickets}
-    log: {format: json, level: debug}
-""")
-EXAMPLES: Mapping[str, Any] = {
-    f"{group}.{key}" if key else group: value
-    for group, said in GROUPS.items()
-    for key, value in (said.items() if isinstance(said, dict) else [("", said)])
-}
-# Values that are right for some key, and wrong for most.
-ODD: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 0.5, 64, 128.5, 10**12, "", " ", "x", "0", "off", "none", "all"),
-    *("0.0.0.0:80", ":80", "80", "[::1]:0", "[::1]", "::1", "h", "h:65535", "h:65536", "h:", "a/b"),
-    *("http://h", "http://h/sse", "http://h/sse/", "http://h/p?q", "http://h/#f", "http://u@h/"),
-    *("https://h:65536", "https://[::1]:1/a@b", "http://", "http://:80", "http:// h", "ftp://h"),
-    *("unix:///a/b", "unix:///", "unix:///a/", "unix:a", "unix://h/a", "unix-stdio:///a", "stdout"),
-    *([], {}, ["a"], ["a", "a"], [1], [""], ["A b"], ["https://a.example"], ["*"], [None]),
-    *({"a": 1}, [[]], [{}], {"b": None}),
-    *([{"url": "http://h/mcp"}], [{"url": "http://h/sse"}], [{"name": "a"}], [{"url": 1}]),
-    *([{"url": "http://h", "path": path} for path in ("a", "/a/", "//a", "/a/..", "/%61", "/a?b")]),
-    [{"url": "http://h", "transport": "sse"}],
-    *({"type": kind, "id": name} for kind in ("human", "unknown", 1) for name in ("x", "", None)),
-    *({"type": "agent"}, {"id": "x"}, {**STATIC, "groups": "bots"}, {**STATIC, "issuer": "me"}),
-    *({**STATIC, "on_behalf_of": who} for who in (None, STATIC, {"type": "human", "id": "ann"})),
-)  # fmt: skip
-
-
-def load(
-    document: str | Mapping[str, Any] | None = None,
-    *,
-    mode: Mode = "stdio",
-    environ: Mapping[str, str] | None = None,
-    **flags: Any,
-) -> Settings:
-    """Load `document` as the file, with a server and a policy unless the test names its own."""
-    if document is not None:
-        flags["config"] = "sidecar.yaml"
-    if mode == "stdio":
-        flags.setdefault("command", ("server",))
-    if mode == "http" and not flags.get("command"):
-        flags = {**HTTP, **flags}
-    text = document if isinstance(document, str) else json.dumps(document)
-    return config.load(mode=mode, flags=flags, environ=environ or {}, read=lambda _: text)
-
-
-def with_policy(document: str | Mapping[str, Any] | None = None, **more: Any) -> Settings:
-    return load(document, **{"policy": "policies", **more})
-
-
-def problems(document: str | Mapping[str, Any] | None = None, **more: Any) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
-        with_policy(document, **more)
-    return caught.value.problems
-
-
-def alone(*paths: str) -> dict[str, Any]:
-    """The flag that says who decides, unless one of `paths` does."""
-    return {} if {"policy.dir", "policy.opa"} & set(paths) else {"opa": "http://o"}
-
-
-def at(path: str, value: Any) -> dict[str, Any]:
-    group, _, key = path.partition(".")
-    return {group: {key: value} if key else value}
-
-
-def entries(text: str) -> list[tuple[str, str]]:
-    """A table: `left -> right` each, of which what is indented deeper continues the line above."""
-    lines = re.sub(r"\n {9,}", " ", text).strip("\n ").splitlines()
-    pairs = [line.strip().split("-> ", 1) for line in lines]
-    return [(left.strip(), right) for left, right in pairs]
-
-
-def understood(said: str) -> dict[str, Any]:
-    """`--flag=TEXT`, `file={YAML}`, and variables, of which only those of others have a prefix."""
-    found: dict[str, Any] = {"environ": {}}
-    for name, text in (each.split("=", 1) for each in said.split()):
-        if name == "file":
-            found["document"] = text.replace(":", ": ").replace(": //", "://")
-        elif name.startswith("--"):
-            found[name[2:]] = text
-        else:
-            ours = not name.startswith(("OTEL_", "POD_N", "POD_S", "HOME", "MCP_"))
-            found["environ"]["MCP_SIDECAR_" * ours + name] = text
-    return found
-
-
-def assert_set(said: str, expected: str) -> None:
-    shown = describe(with_policy(**understood(said)))
-    for path, text in (each.split("=", 1) for each in expected.split()):
-        found: Any = shown
-        for step in path.split("."):
-            found = found[int(step) if step.isdigit() else step]
-        assert str(found) == text, path
-
-
-def rules(schema: Mapping[str, Any] = SCHEMA, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The path and the rule of each key that the schema knows, down to those of records."""
-    for name, rule in schema.get("properties", {}).items():
-        whole = {**rule, **SCHEMA["$defs"].get(rule.get("$ref", "").removeprefix("#/$defs/"), {})}
-        below = list(rules(whole.get("items", whole), f"{above}{name}."))
-        if not below or f"{above}{name}" in KEYS or above.count("."):
-            yield f"{above}{name}", {**whole, **rule}
-        yield from below
-
-
-def table(keys: Mapping[str, Any] = KEYS, above: str = "") -> Iterator[str]:
-    for name, key in keys.items():
-        yield above + name
-        one = key[0] if isinstance(key, list) else key
-        if isinstance(one, Record):
-            yield from table(one.keys, f"{above}{name}.")
-
-
-# ── The table and the schema ──────────────────────────────────────────────────────────────────────
-
-
-@cache
-def validator() -> Any:
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    return jsonschema.Draft202012Validator(SCHEMA)
-
-
-def accepted(document: Mapping[str, Any]) -> bool:
-    """Whether `load` takes it, with all that the schema can not ask for given by flags."""
-    policy = document.get("policy")
-    flags = alone(*(f"policy.{key}" for key in (policy if isinstance(policy, dict) else ())))
-    if "identity" in document:
-        flags["actor"] = "agent:x"
-    try:
-        load(document, mode="check", **flags)
-    except ConfigError:
-        return False
-    return True
-
-
-def test_the_table_and_the_schema_have_the_same_keys() -> None:
-    assert sorted(table()) == sorted(path for path, _ in rules())
-
-
-def test_every_property_of_the_schema_is_described() -> None:
-    described = {path for path, rule in rules() if rule.get("description", "").endswith(".")}
-    assert described == {path for path, _ in rules()}
-    assert all(group["description"] for group in SCHEMA["properties"].values())
-
-
-def test_the_schema_promises_the_defaults_that_are_used() -> None:
-    used = describe(with_policy())
-    groups = {**used, "policy": used["opa"], "log": {"level": used["log_level"]}}
-    promised = {p: rule["default"] for p, rule in rules() if "default" in rule and p in KEYS}
-    for path, default in promised.items():
-        group, _, key = path.partition(".")
-        found = groups[group][key]
-        assert (list(found) if isinstance(found, tuple) else found) == default, path
-    assert len(promised) > 25
-
-
-@pytest.mark.parametrize("path", KEYS)
-def test_the_table_and_the_schema_agree_on_each_value(path: str) -> None:
-    for value in (*ODD, *EXAMPLES.values()):
-        document = at(path, value)
-        assert accepted(document) == validator().is_valid(document), document
-
-
-@pytest.mark.parametrize(("path", "rule"), [(p, r) for p, r in rules() if "minimum" in r])
-def test_bounds_belong_to_the_range(path: str, rule: Mapping[str, Any]) -> None:
-    low, high = rule["minimum"], rule["maximum"]
-    for value, good in ((low, True), (high, True), (low - 0.001, False), (high + 1, False)):
-        assert accepted(at(path, value)) is validator().is_valid(at(path, value)) is good
-
-
-@given(
-    st.dictionaries(
-        st.sampled_from([*{path.partition(".")[0] for path in KEYS}, "polcy"]),
-        st.dictionaries(
-            st.sampled_from([path.partition(".")[2] or path for path in KEYS]), st.sampled_from(ODD)
-        )
-        | st.sampled_from(ODD),
-        max_size=3,
-    )
-)
-def test_what_the_schema_refuses_is_refused(document: dict[str, Any]) -> None:
-    if not validator().is_valid(document):
-        assert not accepted(document)
-
-
-def test_each_key_changes_the_settings() -> None:
-    assert set(EXAMPLES) == set(KEYS)
-    plain = describe(load(mode="check", opa="http://o"))
-    for path, value in EXAMPLES.items():
-        if path != "identity.source":  # says in a word what `static` says by being there
-            found = describe(load(at(path, value), mode="check", **alone(path)))
-            assert found != plain, path
-
 
 # ── Which source wins ─────────────────────────────────────────────────────────────────────────────
 
@@ -383,24 +174,6 @@ def test_what_is_said_is_what_is_set(said: str, expected: str) -> None:
 def test_the_standard_variables_of_opentelemetry(said: str, expected: str) -> None:
     said = re.sub(r"\b(TRACES_)?(ENDPOINT|PROTOCOL)=", r"OTEL_EXPORTER_OTLP_\g<0>", said)
     assert_set(said, " ".join(f"telemetry.{each}" for each in expected.split()))
-
-
-def test_loopback_is_what_only_this_machine_can_reach() -> None:
-    near = ("127.0.0.1:1", "127.9.9.9:0", "[::1]:1", "localhost:1", "LOCALHOST:1")
-    far = ("0.0.0.0:1", "[::]:1", "10.1.2.3:1", "localhost.example:1", "127.1:1", "h:65535")
-    for text in near + far:
-        found = with_policy(mode="http", listen=text).listen
-        assert found
-        assert (found.loopback, str(found)) == (text in near, text)
-
-
-def test_an_address_has_to_name_a_host() -> None:
-    for text in (":15801", "15801", "::1", "a/b", "h:65536", "h:-1", "[x]:1", "h:1:2", "a b"):
-        [problem] = problems(mode="http", listen=text)
-        assert problem == (
-            "--listen: must be HOST:PORT that names its address, such as 127.0.0.1:15801 "
-            f'(this machine) or 0.0.0.0:15801 (everybody), not "{text}"'
-        )
 
 
 def test_a_static_actor_is_asserted_and_may_act_for_somebody() -> None:
@@ -559,10 +332,7 @@ def test_every_problem_is_told_at_once() -> None:
         ("identity: {source: jwt}", {}, "identity.source: the source 'jwt'"),
         ("identity: {jwt: {issuer: x}}", {}, "identity.jwt: 'jwt'"),
         ("identity: {mtls: {}}", {}, "identity.mtls: 'mtls'"),
-        ("upstreams: [{url: http://a/sse}]", {}, "upstreams[0].url: the legacy HTTP+SSE transport"),
-        ("upstreams: [{url: http://a, transport: sse}]", {}, "upstreams[0].transport: a choice"),
         ("", {"mode": "http", "upstream": "unix-stdio:///s"}, "--upstream: unix-stdio://"),
-        ("", {"mode": "http", "upstream": "http://a/sse"}, "--upstream: the legacy HTTP+SSE"),
     ],
 )
 def test_what_is_not_built_says_so_and_what_is(
@@ -581,20 +351,8 @@ def test_any_text_is_settings_or_a_configuration_error(text: str) -> None:
         assert with_policy(text).opa.policy == Path("policies")
 
 
-# ── What it costs, and what it shows ──────────────────────────────────────────────────────────────
-
-
 def test_slow_imports_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     assert with_policy("log: {level: debug}").log_level == "debug"
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert with_policy(environ={"MCP_SIDECAR_LOG__LEVEL": "error"}).log_level == "error"
-
-
-def test_settings_can_be_shown_without_the_arguments_of_the_command() -> None:
-    settings = with_policy(at("identity.static", STATIC), command=("x", "s3cret"))
-    shown = json.dumps(describe(settings))
-    assert "s3cret" not in shown
-    assert describe(settings)["command"] == ["x", "…"]
-    assert describe(settings)["opa"]["policy"] == "policies"
-    assert '"id": "ann"' in shown

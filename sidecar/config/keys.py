@@ -1,0 +1,185 @@
+"""The tables: what can be said, and where. Their readers are all that looks at a value.
+
+`schema.json` says the same to editors; a unit test holds the two together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sidecar.config.readers import (
+    SOURCES_LATER,
+    Key,
+    Later,
+    Record,
+    a_value,
+    mapping,
+    number,
+    one_of,
+    text,
+)
+from sidecar.config.settings import Listen, Upstream, UpstreamTransport
+from sidecar.policy.identity import STATIC_ISSUER, Actor, Principal, static
+
+_ACTOR = "(?s)(human|service|agent):(.+)"
+_PORT = "6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5]?[0-9]{1,4}"
+_HOST = r"\[[0-9A-Fa-f:.]+\]|(?![0-9]*(?:[:/]|$))[A-Za-z0-9._-]+"
+_ADDRESS = f"({_HOST})(?::({_PORT}))?"
+_URL = rf'https?://(?:{_HOST})(?::(?:{_PORT}))?(?:/[!"$->@-~]*)?'
+_PATH = r"(?!.*(?://|/\.\.?(?:/|$)))/[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
+
+_principal = partial(Principal, issuer=STATIC_ISSUER)
+_any = text("a text that is not empty", "(?s).+")
+_flag = a_value("true or false", lambda value: isinstance(value, bool))
+_seconds = number(0.01, 60, int, float)
+_url = text("http(s)://HOST[:PORT][/PATH] without credentials, query and fragment", _URL)
+_path = text("an absolute path without '//', '.', '..' and '%'", _PATH)
+
+
+def _source(value: Any) -> Any:
+    if value in SOURCES_LATER:
+        raise Later(f"the source {value!r}", "static, none")
+    return one_of("static", "none")(value)
+
+
+def _upstream_url(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("unix-stdio:"):
+        raise Later("unix-stdio://", "http://, https://")
+    return _url(value)
+
+
+def _upstream(url: str, name: str = "", path: str = "", transport: UpstreamTransport | None = None) -> Upstream:
+    """Where nothing is said, the path is the server's, and `/sse` speaks the oldest transport."""
+    legacy = re.search("/sse/?$", url) is not None
+    return Upstream(
+        name=name,
+        path=path or _path(urlsplit(url).path or "/"),
+        url=url,
+        transport=transport or ("sse" if legacy else "streamable_http"),
+    )
+
+
+def _address(default: int) -> Callable[[Any], Listen]:
+    example = f"127.0.0.1:{default} (this machine) or 0.0.0.0:{default} (everybody)"
+    address = text(f"HOST:PORT that names its address, such as {example}", _ADDRESS)
+
+    def read(value: Any) -> Listen:
+        [(host, port)] = re.findall(_ADDRESS, address(value))
+        return Listen(host.strip("[]"), int(port or default))
+
+    return read
+
+
+def _actor(on_behalf_of: Principal | None = None, **said: Any) -> Actor:
+    return static(_principal(**said), on_behalf_of)
+
+
+def _actor_in(value: Any) -> Actor:
+    [(kind, name)] = re.findall(_ACTOR, text("human:ID, service:ID or agent:ID", _ACTOR)(value))
+    return _actor(type=kind, id=name)
+
+
+UPSTREAM_KEYS: Mapping[str, Key] = {
+    "name": _any,
+    "path": _path,
+    "url": _upstream_url,
+    "transport": one_of("streamable_http", "sse"),
+}
+PRINCIPAL_KEYS: Mapping[str, Key] = {
+    "type": one_of("human", "service", "agent"),
+    "id": _any,
+    "groups": [_any],
+    "scopes": [_any],
+    "claims": mapping,
+}
+ACTOR_KEYS = {**PRINCIPAL_KEYS, "on_behalf_of": Record(PRINCIPAL_KEYS, ("type", "id"), _principal)}
+KEYS: Mapping[str, Key] = {
+    "upstreams": [Record(UPSTREAM_KEYS, ("url",), _upstream)],
+    "listen": _address(15801),
+    "admin": lambda value: None if value == "off" else _address(15820)(value),
+    "policy.dir": lambda value: Path(_any(value)),
+    "policy.opa": text("a URL, or unix:///PATH of a socket", f"{_URL}|unix:///[!-~]*[!-.0-~]"),
+    **dict.fromkeys(("policy.deadline", "policy.listing_deadline"), _seconds),
+    **dict.fromkeys(("policy.poll", "policy.canary"), _seconds),
+    "identity.source": _source,
+    "identity.static": Record(ACTOR_KEYS, ("type", "id"), _actor),
+    "enforcement.shadow": one_of("off", "allowed", "all"),
+    "enforcement.disclose": one_of("full", "codes"),
+    "enforcement.denial": one_of("error", "result"),
+    "limits.client_message": number(1024, 2**28, int),
+    "limits.server_message": number(1024, 2**30, int),
+    "limits.nesting": number(8, 256, int),
+    "limits.calls_in_flight": number(1, 100_000, int),
+    "limits.calls_per_actor": number(1, 100_000, int),
+    "limits.streams": number(1, 1_000_000, int),
+    "limits.sessions": number(1, 1_000_000, int),
+    "limits.children": number(1, 100_000, int),
+    "limits.connect": number(0.1, 300, int, float),
+    "limits.response": number(0.1, 86_400, int, float, type(None)),
+    "limits.drain": number(0, 600, int, float),
+    "limits.catalog": number(0, 60, int, float),
+    "protocol.big_integers": one_of("refuse", "pass"),
+    "protocol.methods": [text("a method name", r"\S+")],
+    "http.hosts": [text("a name in lower case, no port", r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")],
+    "http.origins": [text("an origin in lower case", r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+")],
+    "bridge.path": _path,
+    "telemetry.otlp": _url,
+    "telemetry.protocol": one_of("http/protobuf", "grpc"),
+    "telemetry.exporter": one_of("otlp", "console", "none"),
+    "telemetry.ratio": number(0, 1, int, float),
+    **dict.fromkeys(("server.name", "policy.binary", "telemetry.service_name", "audit.path"), _any),
+    **dict.fromkeys(("identity.static_for_all", "bridge.shared", "audit.sync"), _flag),
+    "http.forward_authorization": _flag,
+    **dict.fromkeys(("pod.name", "pod.namespace", "pod.service_account"), _any),
+    "log.format": one_of("text", "json"),
+    "log.level": one_of("debug", "info", "warning", "error"),
+}
+GROUPS = {path.partition(".")[0] for path in KEYS if "." in path}
+_SAMPLER = "(parentbased_)?(always_on|always_off|traceidratio)"
+_NOT_IN_FILE: Mapping[str, Key] = {
+    "actor": _actor_in,
+    "upstream": lambda value: (_upstream(_upstream_url(value)),),
+    "home": _any,
+    "cache": _any,
+    "otel.endpoint": _any,
+    "otel.sampler": text(f"one of {_SAMPLER}", _SAMPLER),
+    "otel.ratio": number(0, 1, int, float),
+    "otel.disabled": _flag,
+}
+PREFIX = "MCP_SIDECAR_"
+READERS: Mapping[str, Key] = {**KEYS, **_NOT_IN_FILE}
+FLAGS: Mapping[str, str] = {
+    "policy": "policy.dir",
+    "opa": "policy.opa",
+    "actor": "actor",
+    "admin": "admin",
+    "audit": "audit.path",
+    "otlp": "telemetry.otlp",
+    "shadow": "enforcement.shadow",
+    "listen": "listen",
+    "upstream": "upstream",
+}
+FOREIGN: Mapping[str, str] = {
+    "HOME": "home",
+    **{f"POD_{each.upper()}": f"pod.{each}" for each in ("name", "namespace", "service_account")},
+    "OTEL_SERVICE_NAME": "telemetry.service_name",
+    "OTEL_TRACES_EXPORTER": "telemetry.exporter",
+    "OTEL_EXPORTER_OTLP_PROTOCOL": "telemetry.protocol",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "telemetry.protocol",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "otel.endpoint",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "otel.endpoint",
+    "OTEL_TRACES_SAMPLER": "otel.sampler",
+    "OTEL_TRACES_SAMPLER_ARG": "otel.ratio",
+    "OTEL_SDK_DISABLED": "otel.disabled",
+}
+VARIABLES: Mapping[str, str] = {
+    **{PREFIX + path.replace(".", "__").upper(): path for path in KEYS if callable(KEYS[path])},
+    **{PREFIX + flag.upper(): path for flag, path in FLAGS.items()},
+    PREFIX + "OPA_BIN": "policy.binary",
+    PREFIX + "CACHE": "cache",
+}

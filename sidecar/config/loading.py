@@ -1,0 +1,200 @@
+"""From file, environment and flags to settings, with every problem at once.
+
+Nothing here opens a file or reads the environment: both are arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sidecar.config.keys import FLAGS, FOREIGN, GROUPS, KEYS, PREFIX, READERS, VARIABLES
+from sidecar.config.readers import Bad, Later, Problems, mapping
+from sidecar.config.settings import (
+    Audit,
+    Bridge,
+    Enforcement,
+    Http,
+    Identity,
+    Limits,
+    Listen,
+    Mode,
+    Opa,
+    Pod,
+    Protocol,
+    Settings,
+    Telemetry,
+    Upstream,
+)
+from sidecar.errors import ConfigError, NotSupported
+from sidecar.policy.identity import UNKNOWN
+
+_TWO = "two servers: -- COMMAND, and --upstream URL"
+_ALONE = "listen on 127.0.0.1, or set identity.static_for_all"
+# Kubernetes sets these in every pod beside a Service whose name begins with `mcp-sidecar`.
+_SERVICE = re.compile(r"_SERVICE_(HOST|PORT\w*)=|_PORT_\d+_(TCP|UDP|SCTP)\w*=|_PORT=\w+://")
+_Said = Iterator[tuple[str, str, Any]]  # where, for people; the key; the value
+
+
+def load(
+    *, mode: Mode, flags: Mapping[str, Any], environ: Mapping[str, str], read: Callable[[Path], str]
+) -> Settings:
+    """The settings of this run. Of `flags`, None is not given, and what is not known is ignored.
+
+    Raises:
+        ConfigError: with every problem; as `NotSupported` if one asks for what is not built.
+    """
+    problems, command = Problems(), tuple(flags.get("command") or ())
+    name = flags.get("config") or environ.get(PREFIX + "CONFIG")
+    document = problems.read(lambda name: _parse(name, read), str(name), "") if name else {}
+    said: dict[str, Any] = {}
+    for where, path, value in chain(
+        _from_environ(environ, FOREIGN),
+        _from_file(document or {}, "", problems),
+        _from_environ(environ, VARIABLES),
+        _from_flags(flags),
+    ):
+        said[path] = problems.read(READERS[path], value, where)
+    _strangers(environ, problems)
+    if document is not None:
+        problems += [("", bad) for bad in _disagreements(mode, command, said)]
+    if problems:
+        lines = [f"{where}: {bad}" if where else str(bad) for where, bad in problems]
+        later = any(isinstance(bad, Later) for _, bad in problems)
+        raise NotSupported(lines) if later else ConfigError(lines)
+    return _build(mode, command, said)
+
+
+def _parse(name: str, read: Callable[[Path], str]) -> Any:
+    """YAML as far as JSON goes: keys are texts, and none twice; `off` and `no` are texts."""
+    import yaml
+
+    try:
+        node = yaml.compose(read(Path(name)), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return mapping({} if node is None else _value(node))
+    except (OSError, UnicodeError, RecursionError, yaml.YAMLError, Bad) as problem:
+        raise Bad(f"{name}: {' '.join(str(problem).split())}") from None
+
+
+def _value(node: Any) -> Any:
+    if node.id == "sequence":
+        return [_value(each) for each in node.value]
+    if node.id == "scalar":
+        is_text = node.style or node.tag.endswith((":str", ":timestamp"))
+        return node.value if is_text else _scalar(node.value)
+    pairs: dict[str, Any] = {}
+    for key, value in node.value:
+        if key.id != "scalar" or key.value in pairs:
+            raise Bad(f"line {key.start_mark.line + 1}: a key that is no text, or stands twice")
+        pairs[key.value] = _value(value)
+    return pairs
+
+
+def _scalar(text: str) -> Any:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    words = {"true": True, "false": False, "null": None, "~": None, "": None}
+    return words.get(text.lower(), text)
+
+
+def _from_file(document: Mapping[str, Any], above: str, problems: Problems) -> _Said:
+    for name, value in document.items():
+        path = above + name
+        if path in KEYS:
+            yield path, path, value
+        elif path in GROUPS:
+            yield from _from_file(problems.read(mapping, value, path) or {}, f"{path}.", problems)
+        else:
+            problems.unknown(path, path, [*KEYS, *GROUPS])
+
+
+def _from_environ(environ: Mapping[str, str], variables: Mapping[str, str]) -> _Said:
+    """A variable's text is taken as it is where the key is a text, else as YAML would."""
+    for name, path in variables.items():
+        if text := environ.get(name):
+            fits = Problems().read(READERS[path], text, name) is not None
+            yield name, path, text if fits else _scalar(text)
+
+
+def _from_flags(flags: Mapping[str, Any]) -> _Said:
+    for flag, path in FLAGS.items():
+        if value := flags.get(flag):
+            yield f"--{flag}", path, "all" if value is True else str(value)
+
+
+def _strangers(environ: Mapping[str, str], problems: Problems) -> None:
+    for name, text in environ.items():
+        known = not name.startswith(PREFIX) or name in (*VARIABLES, PREFIX + "CONFIG")
+        if text and not known and not _SERVICE.search(f"{name}={text}"):
+            problems.unknown(name, name, VARIABLES)
+
+
+def _disagreements(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Iterator[Bad]:
+    """What no single value is to blame for."""
+    servers, given, listen = _upstreams(said), said.keys(), said.get("listen")
+    policies, source = {"policy.dir", "policy.opa"} & given, said.get("identity.source")
+    served = command or {"upstream", "upstreams"} & given
+    acting = "actor" in given or ("identity.static" in given and source != "none")
+    alone = mode == "stdio" or not listen or listen.loopback or said.get("identity.static_for_all")
+    rules: tuple[tuple[object, str], ...] = (
+        (not policies, "no policy: --policy DIR (own OPA), or --opa URL|unix:///PATH, is needed"),
+        (len(policies) > 1, "policy.dir (--policy) and policy.opa (--opa) exclude each other"),
+        (source == "static" and not acting, "identity.static (or --actor TYPE:ID) is needed"),
+        (not acting and "identity.static" in given, "identity.static: but identity.source is none"),
+        (acting and not alone, f"listen: {listen} makes everybody the static actor; {_ALONE}"),
+        (mode == "stdio" and not served, "no server: stdio needs -- COMMAND, or --upstream URL"),
+        (mode == "stdio" and len(servers) > 1 and not command, "upstreams: stdio takes one"),
+        (mode == "http" and not served, "no server: http needs --upstream URL, or -- COMMAND"),
+        (command and (servers if mode == "http" else "upstream" in given), _TWO),
+        (mode == "http" and "listen" not in given, "no address: http needs --listen HOST:PORT"),
+        (len({each.name for each in servers}) < len(servers), "upstreams: two have the same name"),
+        (len({each.path for each in servers}) < len(servers), "upstreams: two have the same path"),
+    )
+    yield from (Bad(what) for wrong, what in rules if wrong)
+
+
+def _upstreams(said: Mapping[str, Any]) -> tuple[Upstream, ...]:
+    found, name = said.get("upstream") or said.get("upstreams") or (), said.get("server.name")
+    names = [each and (each.name or name or urlsplit(each.url).hostname) for each in found]
+    return tuple(replace(each, name=name) for each, name in zip(found, names, strict=True) if each)
+
+
+def _build(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Settings:
+    def group(name: str) -> dict[str, Any]:
+        return {k.removeprefix(name): value for k, value in said.items() if k.startswith(name)}
+
+    identity, log, opa = group("identity."), group("log."), group("policy.")
+    actor = said.get("actor") or identity.get("static", UNKNOWN)
+    cache = said.get("cache") or said.get("home", "/nonexistent") + "/.cache/mcp-opa-sidecar"
+    admin = None if mode == "stdio" else Listen("127.0.0.1", 15820)
+    plain: tuple[Any, ...] = (Enforcement, Limits, Protocol, Http, Bridge, Audit, Pod)
+    return Settings(
+        mode=mode,
+        command=command,
+        listen=None if mode == "stdio" else said.get("listen"),
+        upstreams=() if mode == "stdio" and command else _upstreams(said),
+        server_name=said.get("server.name") or (Path(command[0]).name if command else "server"),
+        opa=Opa(opa.pop("dir", None), opa.pop("opa", None), tools=Path(cache, "bin"), **opa),
+        identity=Identity(actor, identity.get("static_for_all", False)),
+        telemetry=_telemetry(group("telemetry."), group("otel.")),
+        admin=said.get("admin", admin),
+        log_format=log.get("format"),
+        log_level=log.get("level", "info"),
+        **{kind.__name__.lower(): kind(**group(f"{kind.__name__.lower()}.")) for kind in plain},
+    )
+
+
+def _telemetry(own: dict[str, Any], otel: Mapping[str, Any]) -> Telemetry:
+    sampler = otel.get("sampler", "").removeprefix("parentbased_")
+    ratios = {"always_off": 0.0, "traceidratio": otel.get("ratio", 1.0)}
+    found = {"ratio": ratios.get(sampler, 1.0), "exporter": "none", **own}
+    if "exporter" not in own and ("otlp" in own or "endpoint" in otel):
+        found["exporter"] = "otlp"
+    return Telemetry(**found | ({"exporter": "none"} if otel.get("disabled") else {}))

@@ -1,0 +1,178 @@
+"""The settings: frozen values, documented field by field, with their defaults."""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sidecar.policy.identity import UNKNOWN, Actor
+
+Mode = Literal["stdio", "http", "check"]
+UpstreamTransport = Literal["streamable_http", "sse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """An address to listen on."""
+
+    host: str  # a name, or an IP address without brackets
+    port: int  # 0: any free port; the log line `listening` says which
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """True when only this machine can reach it; of names, only `localhost` is believed."""
+        with suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host.lower() == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One MCP server behind HTTP."""
+
+    name: str  # `server.name` of the input document; never what the server says of itself
+    path: str  # where the sidecar serves it; default: the path of `url`
+    url: str  # http(s)://HOST[:PORT]/PATH of the server's endpoint
+    transport: UpstreamTransport = "streamable_http"  # default: `sse` where the path ends in /sse
+
+
+@dataclass(frozen=True, slots=True)
+class Opa:
+    """Who decides, and how long an answer may take. One of `policy` and `url` is set."""
+
+    policy: Path | None = None  # folder of the own OPA's policy, laid over the library
+    url: str | None = None  # co-located OPA: http(s)://… or unix:///PATH
+    deadline: float = 0.5  # seconds for a decision; late is a deny, so a call never hangs on it
+    listing_deadline: float = 2.0  # seconds for a listing, which asks about many items at once
+    binary: str | None = None  # the `opa` to run; None: PATH, then `tools`
+    tools: Path = Path("/nonexistent")  # folder that `make` fills with tools: CACHE/bin
+    poll: float = 0.5  # seconds between looks at the policy folder; an edit is in force within 2 s
+    canary: float = 2.0  # seconds between readiness questions
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who is on the other end."""
+
+    actor: Actor = UNKNOWN  # the static actor; unknown, so that policy says no, unless configured
+    static_for_all: bool = False  # accept the static actor on an address that others can reach
+
+
+@dataclass(frozen=True, slots=True)
+class Enforcement:
+    """What a denial does, and what the caller learns."""
+
+    shadow: Literal["off", "allowed", "all"] = "off"  # which denials are recorded, not enforced
+    disclose: Literal["full", "codes"] = "full"  # `codes` keeps the reasons' messages back
+    denial: Literal["error", "result"] = "error"  # `result`: `isError`, for models that recover
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what one peer can make the sidecar hold, or wait for."""
+
+    client_message: int = 4 * 1024 * 1024  # bytes; what is judged is small
+    server_message: int = 64 * 1024 * 1024  # bytes; results carry images and files
+    nesting: int = 64  # levels of JSON; far below where a recursive parser breaks
+    calls_in_flight: int = 1000  # beyond it a call is answered -31429, retryable
+    calls_per_actor: int = 500  # the same for the calls of one actor, so that none starves the rest
+    streams: int = 10_000  # open streams and subscriptions; beyond it no more are opened
+    sessions: int = 10_000  # HTTP sessions that are remembered
+    children: int = 100  # servers that `http -- COMMAND` runs at once: one for each session
+    connect: float = 5.0  # seconds to reach the upstream
+    response: float | None = None  # seconds until its answer begins; None: tools may take hours
+    drain: float = 10.0  # seconds that a shutdown waits for what is in flight
+    catalog: float = 2.0  # seconds that a first call waits for the list of tools
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """Where MCP leaves room."""
+
+    big_integers: Literal["refuse", "pass"] = "refuse"  # beyond ±(2^53-1) servers read differently
+    methods: tuple[str, ...] = ()  # vendor methods, asked as target type `method`; others: denied
+
+
+@dataclass(frozen=True, slots=True)
+class Http:
+    """Who may call over HTTP, and what goes on."""
+
+    hosts: tuple[str, ...] = ()  # Host names, lower case; (): loopback's on loopback, else any
+    origins: tuple[str, ...] = ()  # Origins, lower case, besides loopback's on a loopback listen
+    forward_authorization: bool = True  # to the upstream; right while the sidecar verifies no token
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """A stdio server behind HTTP (`http -- COMMAND`)."""
+
+    path: str = "/mcp"  # where it is served
+    shared: bool = False  # one more server, shared by all clients of the stateless revision
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Where spans go."""
+
+    otlp: str | None = None  # base URL of the collector; None: `OTEL_EXPORTER_OTLP_*` name it
+    protocol: Literal["http/protobuf", "grpc"] = "http/protobuf"  # gRPC is slow to import
+    exporter: Literal["otlp", "console", "none"] = "none"  # `otlp` as soon as a collector is named
+    ratio: float = 1.0  # share of allowed calls that is exported; denials and errors always are
+    service_name: str = "mcp-opa-sidecar"  # the resource's `service.name`
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Where the record goes."""
+
+    path: str | None = None  # file; "-": stdout of `http`, stderr of `stdio` (stdout carries MCP)
+    sync: bool = False  # fsync each record: safe against a crash of the machine, costs a disk write
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """`context.pod` of the input document; None: not in a pod, the key is absent."""
+
+    name: str | None = None
+    namespace: str | None = None
+    service_account: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything, for one run."""
+
+    mode: Mode  # `check` is for `mcp-sidecar check`: as `http`, but nothing to serve is needed
+    opa: Opa
+    command: tuple[str, ...] = ()  # the wrapped server
+    listen: Listen | None = None  # http: where clients come in
+    upstreams: tuple[Upstream, ...] = ()  # http: each at a path of its own; stdio: one, or none
+    server_name: str = "server"  # `server.name` of a wrapped server; default: the command's name
+    identity: Identity = Identity()
+    enforcement: Enforcement = Enforcement()
+    limits: Limits = Limits()
+    protocol: Protocol = Protocol()
+    http: Http = Http()
+    bridge: Bridge = Bridge()
+    telemetry: Telemetry = Telemetry()
+    audit: Audit = Audit()
+    pod: Pod = Pod()
+    admin: Listen | None = None  # None: off; default 127.0.0.1:15820 for http, off for stdio
+    log_format: Literal["text", "json"] | None = None  # None: text on a terminal, else JSON
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """The effective settings, for people. A command's arguments may be secrets: not shown."""
+    shown = asdict(settings, dict_factory=lambda pairs: {k: _shown(v) for k, v in pairs})
+    return {**shown, "command": [*settings.command[:1], *("…" for _ in settings.command[1:])]}
+
+
+def _shown(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
