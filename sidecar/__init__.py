@@ -2,7 +2,7 @@
 
 ::
 
-    bytes      a transport takes them in (`transport.stdio`, `transport.http`)
+    bytes      a transport takes them in (`transport.stdio`, `transport.http` with `transport.sse`)
     Message    `protocol.jsonrpc.decode` reads them, strictly
     Operation  `protocol.session` says what is being tried, by the table `protocol.methods`
     Actor      `policy.identity`: who, on whose behalf, and how sure we are
@@ -20,8 +20,8 @@ not understood) is a deny.
 
 Layers, top to bottom, each knowing only those below (import-linter checks it)::
 
-    cli  >  transport | opa | telemetry | audit | logs  >  pipeline | config  >  learning
-         >  conversation  >  policy  >  protocol  >  errors
+    cli  >  transport | opa | keys | telemetry | audit | logs  >  pipeline | config
+         >  learning | judging | limits  >  conversation  >  policy  >  protocol  >  errors
 """
 
 __version__ = "0.1.0"

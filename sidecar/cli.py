@@ -15,13 +15,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from sidecar import __version__
 from sidecar.errors import ConfigError, PolicyUnusable
@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from sidecar.opa import OpaTracing, OwnOpa, Readiness
     from sidecar.pipeline import Pipeline
     from sidecar.telemetry import Telemetry
-    from sidecar.transport.exchange import Route
+    from sidecar.transport.exchange import Backend, Route
+    from sidecar.transport.metadata import Metadata
     from sidecar.transport.peer import Peer
     from sidecar.transport.upstream import HttpUpstream
+
+    Command = Callable[[Settings], Coroutine[Any, Any, int]]
 
 log = logging.getLogger("sidecar")
 
@@ -61,6 +64,7 @@ OPTIONS_EPILOG = """\
 Every option may also be set in the file (--config) or as MCP_SIDECAR_<OPTION>; flags win over the
 environment, which wins over the file. OTEL_* variables configure the exporter as usual.
 """
+LEGACY = "a path that ends in /sse means legacy HTTP+SSE"
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     try:
-        run = {"stdio": _run_stdio, "http": _run_http, "check": _run_check}[options.mode]
-        return run(_settings(options))
+        work: Command = {"stdio": _stdio, "http": _http, "check": _check}[options.mode]
+        return _run(work(_settings(options)))
     except ConfigError as error:
         for problem in (*error.problems, *_policy_problems(options)):
             print(f"mcp-sidecar: {problem}", file=sys.stderr)
@@ -162,7 +166,7 @@ def _add_stdio(modes: argparse._SubParsersAction[Parser]) -> None:
         epilog=OPTIONS_EPILOG,
     )
     parser.add_argument(
-        "--upstream", metavar="URL", help="the endpoint of an HTTP server, in place of a COMMAND"
+        "--upstream", metavar="URL", help=f"an HTTP server's, in place of a COMMAND; {LEGACY}"
     )
     _add_common(parser)
 
@@ -179,7 +183,7 @@ def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument("--listen", metavar="HOST:PORT", help="where clients come in")
     parser.add_argument(
-        "--upstream", metavar="URL", help="the server's endpoint; its path is served here as well"
+        "--upstream", metavar="URL", help=f"the server's endpoint, whose path is served; {LEGACY}"
     )
     _add_common(parser)
 
@@ -252,6 +256,7 @@ async def _core(settings: Settings) -> AsyncIterator[Core]:
     """OPA, telemetry, audit and pipeline: started in order, ended in reverse."""
     from sidecar import opa, telemetry
     from sidecar.conversation import Recorder
+    from sidecar.limits import Load
     from sidecar.pipeline import Pipeline
     from sidecar.policy.enforcement import Rules
 
@@ -275,20 +280,17 @@ async def _core(settings: Settings) -> AsyncIterator[Core]:
             stack.callback(audit.close)
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, audit.reopen)
             recorders = (audit, traces)
+        how, limits = settings.enforcement, settings.limits
         pipeline = Pipeline(
             decider=decider,
             tracer=traces,
             recorders=recorders,
-            rules=Rules(
-                settings.enforcement.shadow,
-                settings.enforcement.disclose,
-                settings.enforcement.denial,
-            ),
+            rules=Rules(how.shadow, how.disclose, how.denial),
             version=__version__,
             deadline=settings.opa.deadline,
             listing_deadline=settings.opa.listing_deadline,
-            catalog_wait=settings.limits.catalog,
-            calls_in_flight=settings.limits.calls_in_flight,
+            catalog_wait=limits.catalog,
+            load=Load(limits.calls_in_flight, limits.calls_per_actor, limits.streams),
             pod=_pod(settings),
         )
         traces.observe("authz.calls.active", lambda: pipeline.in_flight)
@@ -358,18 +360,6 @@ def _stopping() -> asyncio.Event:
     return stopping
 
 
-def _run_stdio(settings: Settings) -> int:
-    return _run(_stdio(settings))
-
-
-def _run_http(settings: Settings) -> int:
-    return _run(_http(settings))
-
-
-def _run_check(settings: Settings) -> int:
-    return _run(_check(settings))
-
-
 def _run(work: Coroutine[Any, Any, int]) -> int:
     """Run on uvloop, with a garbage collector that leaves what start-up made alone."""
     import uvloop
@@ -435,8 +425,11 @@ async def _peer(settings: Settings, server: Server, stack: AsyncExitStack) -> Pe
         return ChildPeer(await Child.start(settings.command), settings.limits.server_message)
     from sidecar.protocol.methods import MethodTable
     from sidecar.transport.remote import HttpPeer
+    from sidecar.transport.remote_sse import SsePeer
 
     upstream = await _upstream(settings, settings.upstreams[0].url, stack)
+    if settings.upstreams[0].transport == "sse":
+        return SsePeer(upstream, settings.limits.connect)
     return HttpPeer(upstream, server.catalog, MethodTable.of(settings.protocol.methods))
 
 
@@ -449,6 +442,7 @@ async def _http(settings: Settings) -> int:
         proxy = HttpProxy(
             pipeline=core.pipeline,
             routes=await _routes(settings, core, stack),
+            metadata=await _metadata(settings, stack),
             table=MethodTable.of(settings.protocol.methods),
             actor=settings.identity.actor,
             strictness=_strictness(settings),
@@ -467,6 +461,7 @@ async def _http(settings: Settings) -> int:
         log.info("stopping: finishing what is in flight")
         proxy.close_streams()
         await runner.cleanup()
+        proxy.forget_sessions()
     return 0
 
 
@@ -474,17 +469,30 @@ async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict
     from sidecar.conversation import Server
     from sidecar.transport.exchange import Route, Sessions
     from sidecar.transport.relay import HttpRelay
+    from sidecar.transport.sse import SseRelay
 
     if settings.command:
         return {settings.bridge.path: _bridge(settings, core, stack)}
     routes = {}
     for each in settings.upstreams:
-        routes[each.path] = Route(
-            HttpRelay(core.pipeline, await _upstream(settings, each.url, stack)),
-            Server(each.name),
-            Sessions(settings.limits.sessions),
-        )
+        upstream = await _upstream(settings, each.url, stack)
+        sessions = Sessions(settings.limits.sessions)
+        backend: Backend = HttpRelay(core.pipeline, upstream)
+        if each.transport == "sse":
+            backend = SseRelay(core.pipeline, upstream, sessions, settings.limits)
+        routes[each.path] = Route(backend, Server(each.name), sessions)
     return routes
+
+
+async def _metadata(settings: Settings, stack: AsyncExitStack) -> dict[str, Metadata]:
+    """The metadata of each upstream at its path; of an only one also where no path is named."""
+    from sidecar.transport.metadata import Metadata, well_known_path, well_known_url
+
+    wanted = {well_known_path(each.path): well_known_url(each.url) for each in settings.upstreams}
+    if len(settings.upstreams) == 1:
+        origin = urljoin(settings.upstreams[0].url, "/")
+        wanted.setdefault(well_known_path("/"), well_known_url(origin))
+    return {path: Metadata(await _upstream(settings, url, stack)) for path, url in wanted.items()}
 
 
 async def _upstream(settings: Settings, url: str, stack: AsyncExitStack) -> HttpUpstream:

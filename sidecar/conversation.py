@@ -50,7 +50,8 @@ class Call:
     """One action from its arrival to its end: what telemetry and audit write down.
 
     Times are nanoseconds since the epoch, 0 for what did not happen. `verdict` is what the policy
-    (or the table of methods) said, `outcome` what came of it, set exactly once.
+    (or the table of methods) said, `outcome` what came of it, set exactly once. `suspended`: its
+    stream is gone, and its answer may come on another one.
     """
 
     operation: Operation
@@ -74,6 +75,7 @@ class Call:
     outcome: End | None = None
     rpc_error: tuple[int, str] | None = None
     cancelled: bool = False
+    suspended: bool = False
 
     @property
     def request_id(self) -> RequestId | None:

@@ -35,6 +35,7 @@ from sidecar.errors import (
 )
 from sidecar.judging import Judge
 from sidecar.learning import learn, observe
+from sidecar.limits import Load, refuse_more_questions
 from sidecar.policy import enforcement
 from sidecar.policy.enforcement import (
     AnswerServer,
@@ -48,9 +49,9 @@ from sidecar.policy.enforcement import (
     Reply,
     Rules,
 )
-from sidecar.protocol.jsonrpc import JsonObject, Message, Notification, Request, Response
-from sidecar.protocol.methods import Direction, Era, Governed, Listing, Method
-from sidecar.protocol.session import Operation, Outstanding, Target
+from sidecar.protocol.jsonrpc import Message, Notification, Request, Response
+from sidecar.protocol.methods import Direction, Governed, Listing, Method
+from sidecar.protocol.session import Operation, Outstanding, Target, embedded_questions
 
 log = logging.getLogger("sidecar.pipeline")
 
@@ -75,7 +76,7 @@ class Pipeline:
         deadline: float = 0.5,
         listing_deadline: float = 2.0,
         catalog_wait: float = 2.0,
-        calls_in_flight: int = 1000,
+        load: Load | None = None,
         pod: Mapping[str, str] | None = None,
     ) -> None:
         self._judge = Judge(
@@ -91,8 +92,12 @@ class Pipeline:
         self._rules = rules
         self._version = version
         self._catalog_wait = catalog_wait
-        self._limit = calls_in_flight
-        self.in_flight = 0
+        self.load = load or Load()
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that have begun and not ended, without those that last as long as a stream."""
+        return self.load.in_flight
 
     async def from_client(
         self, conversation: Conversation, message: Message, origin: Origin, ask: Ask
@@ -136,16 +141,8 @@ class Pipeline:
         origin: Origin,
     ) -> Refusal | None:
         """Ask whether a stream may be opened, resumed or closed; None when it may."""
-        operation = Operation(
-            message=Notification(f"stream/{action}"),
-            method=STREAM,
-            direction=Direction.FROM_CLIENT,
-            era=Era.LEGACY,
-            protocol_version=conversation.session.protocol_version,
-            targets=(Target("stream", action),),
-            session_id=conversation.session.id,
-            client=conversation.session.client,
-        )
+        message, target = Notification(f"stream/{action}"), Target("stream", action)
+        operation = conversation.session.unread(message, STREAM, Direction.FROM_CLIENT, target)
         return await self._ask(conversation, self._open(conversation, operation, origin))
 
     async def from_server(
@@ -156,9 +153,14 @@ class Pipeline:
             return await self._answer_client(conversation, message)
         try:
             operation = conversation.session.receive(message, Direction.FROM_SERVER)
+            if isinstance(message, Request):
+                refuse_more_questions(conversation.server_calls)
         except SidecarError as error:
             return self._refuse_server(conversation, message, origin, error)
         if operation.method.governed is Governed.TABLE:
+            if await self._judge_embedded(conversation, operation.params, origin) is not None:
+                log.warning("dropped a message of the server, for what it asks")
+                return Drop()
             return self._pass_from_server(conversation, operation, origin)
         return await self._question(conversation, operation, origin)
 
@@ -174,15 +176,30 @@ class Pipeline:
 
     def abandon(self, conversation: Conversation, call: Call) -> None:
         """The client went away, or took its request back: what happened is recorded."""
-        waits = conversation.calls.get(call.request_id) is call
-        if conversation.lasting and call.forwarded and call.request_id is not None and waits:
-            conversation.calls.abandon(call.request_id)
+        self._let_go(conversation, call)
         self._forget(conversation, call)
         self.finish(call, "cancelled")
+
+    def suspend(self, conversation: Conversation, call: Call) -> None:
+        """The stream of a call ended before its answer, which may come on one that resumes it.
+
+        Its record stays open, and it weighs on nobody: who knows whether its client comes back.
+        """
+        if call.outcome is None and self._let_go(conversation, call):
+            call.suspended = True
+            self.load.end(call)
+        else:
+            self.abandon(conversation, call)
 
     def close(self, conversation: Conversation) -> None:
         """The conversation is over: nothing that it waits for will come."""
         for call in (*conversation.calls.drain(), *conversation.server_calls.drain()):
+            self.finish(call, "cancelled")
+        self.forget(conversation)
+
+    def forget(self, conversation: Conversation) -> None:
+        """Nobody can come back to this conversation: what is suspended in it is cancelled."""
+        for call in conversation.calls.drain_abandoned():
             self.finish(call, "cancelled")
 
     def malformed(self, error: ProtocolError) -> None:
@@ -195,7 +212,8 @@ class Pipeline:
         if call.outcome is not None:
             return
         call.outcome, call.rpc_error, call.finished = outcome, rpc_error, time.time_ns()
-        self.in_flight -= 1
+        if not call.suspended:
+            self.load.end(call)
         for recorder in self._recorders:
             recorder.finished(call)
 
@@ -204,10 +222,8 @@ class Pipeline:
     async def _govern(self, conversation: Conversation, call: Call, ask: Ask) -> Outcome:
         """Ask whom the method's row says must be asked."""
         operation = call.operation
-        if self.in_flight > self._limit and call.request_id is not None:
-            return self._refuse(
-                call, enforcement.refusal_of(Overloaded("too many calls in flight"))
-            )
+        if (overloaded := self._overloaded(call)) is not None:
+            return self._refuse(call, overloaded)
         match operation.method.governed:
             case Governed.DECISION:
                 await learn(conversation, operation, ask, self._version, self._catalog_wait)
@@ -221,6 +237,14 @@ class Pipeline:
                 return self._outcome(call, permitted)
             case _:
                 return self._outcome(call, enforcement.by_table(operation, call.trace.to_upstream))
+
+    def _overloaded(self, call: Call) -> Refusal | None:
+        error = self.load.exceeded(call)
+        if error is None:
+            return None
+        refusal = enforcement.refusal_of(error)
+        call.verdict, call.reasons = refusal.verdict, refusal.reasons
+        return refusal
 
     def _outcome(self, call: Call, permitted: Permitted | Refusal) -> Outcome:
         if isinstance(permitted, Refusal):
@@ -248,13 +272,13 @@ class Pipeline:
     def _settle(self, conversation: Conversation, call: Call, outcome: Outcome) -> Outcome:
         """The last look before a message leaves, in its turn."""
         operation = call.operation
-        if call.cancelled:
+        if call.cancelled or call.outcome is not None:  # taken back, or answered for by now
             self._forget(conversation, call)
             self.finish(call, "cancelled")
             return Drop()
         if not isinstance(outcome, Forward):
             self._forget(conversation, call)
-            self.finish(call, _end_of_call(call), _rpc_error(outcome))
+            self.finish(call, _end_of(call), _rpc_error(outcome))
             return outcome
         call.forwarded = time.time_ns()
         if isinstance(operation.message, Notification):
@@ -282,7 +306,7 @@ class Pipeline:
         """Take a request back; True when the server has not seen it and need not hear of it."""
         if not isinstance(request_id, (str, int)):
             return False
-        call = conversation.calls.get(request_id)
+        call = conversation.calls.get(request_id) or conversation.calls.abandoned(request_id)
         if call is None or call.operation.method.name == "initialize":
             return False
         if not call.forwarded:
@@ -338,10 +362,9 @@ class Pipeline:
         listing = call.operation.method.listing
         if listing is not None and response.error is None:
             return await self._judge_page(conversation, call, listing, response)
-        for question in _embedded_questions(response):
-            refusal = await self._judge_embedded(conversation, call, question)
-            if refusal is not None:
-                return self._fail_answer(call, refusal)
+        origin, result = Origin(call.actor, call.source_address), response.result
+        if (refusal := await self._judge_embedded(conversation, result, origin)) is not None:
+            return self._fail_answer(call, refusal)
         self.finish(call, _end_of_response(response), _error(response))
         return Deliver()
 
@@ -384,20 +407,23 @@ class Pipeline:
         return Deliver(enforcement.reply(call.operation, refusal, call.decision_id, self._rules))
 
     async def _judge_embedded(
-        self, conversation: Conversation, call: Call, question: Notification
+        self, conversation: Conversation, value: Any, origin: Origin
     ) -> Refusal | None:
-        """Judge a question inside a result (multi-round requests) like one of the server's own."""
-        try:
-            operation = conversation.session.receive_embedded(question)
-        except SidecarError as error:
-            return enforcement.refusal_of(error)
-        inner = self._open(conversation, operation, Origin(call.actor, call.source_address))
-        return await self._ask(conversation, inner)
+        """Judge the questions inside a result or a task's state like those of the server's own."""
+        for question in embedded_questions(value) if isinstance(value, dict) else ():
+            try:
+                operation = conversation.session.receive_embedded(question)
+            except SidecarError as error:
+                return enforcement.refusal_of(error)
+            refusal = await self._ask(conversation, self._open(conversation, operation, origin))
+            if refusal is not None:
+                return refusal
+        return None
 
     async def _ask(self, conversation: Conversation, call: Call) -> Refusal | None:
         """Judge and record an action that is over once it is decided."""
         try:
-            refusal = await self._judge.action(conversation, call)
+            refusal = self._overloaded(call) or await self._judge.action(conversation, call)
         except BaseException:
             self.finish(call, "cancelled")
             raise
@@ -436,6 +462,8 @@ class Pipeline:
             conversation.server_calls.answer(call.request_id)
             self.finish(call, "cancelled")
             raise
+        if call.outcome is not None:  # the server has taken it back meanwhile
+            return Drop()
         unwritten = self._record_decision(call)
         refusal = refusal or unwritten
         if refusal is None:
@@ -487,7 +515,7 @@ class Pipeline:
         )
         if call.request_id is not None:
             (conversation.calls if waiting is None else waiting).ask(call.request_id, call)
-        self.in_flight += 1
+        self.load.begin(call)
         return call
 
     def _open_unknown(
@@ -497,19 +525,21 @@ class Pipeline:
         direction: Direction,
         origin: Origin,
     ) -> Call:
-        operation = Operation(
-            message=message,
-            method=UNKNOWN,
-            direction=direction,
-            era=Era.LEGACY,
-            protocol_version=conversation.session.protocol_version,
-            targets=(),
-            session_id=conversation.session.id,
-            client=conversation.session.client,
-        )
+        operation = conversation.session.unread(message, UNKNOWN, direction)
         from_client = direction is Direction.FROM_CLIENT
         waiting = conversation.calls if from_client else conversation.server_calls
         return self._open(conversation, operation, origin, waiting)
+
+    def _let_go(self, conversation: Conversation, call: Call) -> bool:
+        """Nobody waits for this answer now, which may still come; whether it is remembered."""
+        waits = conversation.calls.get(call.request_id) is call
+        if not (conversation.lasting and call.forwarded and waits):
+            return False
+        assert call.request_id is not None
+        forgotten = conversation.calls.abandon(call.request_id)
+        if forgotten is not None:
+            self.finish(forgotten, "cancelled")
+        return True
 
     def _forget(self, conversation: Conversation, call: Call) -> None:
         if conversation.calls.get(call.request_id) is call:
@@ -530,28 +560,12 @@ def _permit(call: Call, rules: Rules) -> Permitted | Refusal:
     return enforcement.by_decision(call.operation, call.decision, rules, call.trace.to_upstream)
 
 
-def _embedded_questions(response: Response) -> list[Notification]:
-    """The questions in a result, whatever it calls itself: a task's state may ask too."""
-    questions = response.result.get("inputRequests") if isinstance(response.result, dict) else None
-    values = questions.values() if isinstance(questions, dict) else []
-    return [_question(each if isinstance(each, dict) else {}) for each in values]
-
-
-def _question(value: JsonObject) -> Notification:
-    params = value.get("params")
-    return Notification(str(value.get("method")), params if isinstance(params, dict) else None)
-
-
 def _changed(response: Response, shown: Response) -> Deliver:
     return Deliver(None if shown is response else shown)
 
 
-def _end_of(refusal: Refusal) -> End:
-    return "denied" if refusal.verdict == "deny" else "policy_error"
-
-
-def _end_of_call(call: Call) -> End:
-    return "denied" if call.verdict == "deny" else "policy_error"
+def _end_of(refused: Refusal | Call) -> End:
+    return "denied" if refused.verdict == "deny" else "policy_error"
 
 
 def _end_of_response(response: Response) -> End:

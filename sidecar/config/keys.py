@@ -53,7 +53,9 @@ def _upstream_url(value: Any) -> Any:
     return _url(value)
 
 
-def _upstream(url: str, name: str = "", path: str = "", transport: UpstreamTransport | None = None) -> Upstream:
+def _upstream(
+    url: str, name: str = "", path: str = "", transport: UpstreamTransport | None = None
+) -> Upstream:
     """Where nothing is said, the path is the server's, and `/sse` speaks the oldest transport."""
     legacy = re.search("/sse/?$", url) is not None
     return Upstream(

@@ -91,6 +91,7 @@ def one_of(*words: str) -> Callable[[Any], Any]:
 
 def number(low: float, high: float, *kinds: type) -> Key:
     """The reader of a number of these kinds, from `low` to `high`; of null where None is one."""
+
     def fits(value: Any) -> bool:
         typed = isinstance(value, kinds) and not isinstance(value, bool)
         return typed and (value is None or bool(low <= value <= high))

@@ -257,16 +257,16 @@ def filter_page(response: Response, listing: Listing, decision: Decision) -> Res
     """The page without what the policy hides; the very same object where nothing changes.
 
     Every sibling is kept. What depends on the caller must not be shared between callers, so a
-    cacheable page becomes private and short-lived (MCP 2026-07-28, caching).
+    cacheable page becomes private and short-lived (MCP 2026-07-28, caching). A policy that names
+    no items filters nothing.
     """
-    result = response.result
-    if not isinstance(result, dict):
+    result, visible = response.result, decision.visible
+    if not isinstance(result, dict) or visible is None:
         return response
-    page = {**result, **_private(result)}
-    if decision.visible is not None:
-        items = result.get(listing.items)
-        listed = items if isinstance(items, list) else []
-        page[listing.items] = [each for each in listed if _visible(each, listing, decision.visible)]
+    items = result.get(listing.items)
+    listed = items if isinstance(items, list) else []
+    shown = [each for each in listed if _visible(each, listing, visible)]
+    page = {**result, **_private(result), listing.items: shown}
     return response if page == result else replace(response, result=page)
 
 

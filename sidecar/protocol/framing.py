@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from sidecar.errors import MalformedMessage
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
+_FIELDS = (b"event", b"id", b"retry")
 
 
 class FrameTooLarge(MalformedMessage):
@@ -32,8 +33,7 @@ class LineDecoder:
     """
 
     limit: int
-    _parts: list[bytes] = field(default_factory=list)
-    _size: int = 0
+    _buffer: bytearray = field(default_factory=bytearray)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The frames that `data` completes.
@@ -54,16 +54,13 @@ class LineDecoder:
         return self._take() or None
 
     def _add(self, part: bytes) -> None:
-        self._size += len(part)
-        if self._size > self.limit:
+        if len(self._buffer) + len(part) > self.limit:
             raise FrameTooLarge(f"a message is larger than {self.limit} bytes")
-        if part:
-            self._parts.append(part)
+        self._buffer += part
 
     def _take(self) -> bytes:
-        line = b"".join(self._parts).removesuffix(b"\r")
-        self._parts.clear()
-        self._size = 0
+        line = bytes(self._buffer).removesuffix(b"\r")
+        self._buffer.clear()
         return line if line.strip() else b""
 
 
@@ -97,14 +94,15 @@ class EventDecoder:
     """Server-sent events (WHATWG HTML, 9.2.6): lines end by CR, LF or CRLF, blocks by an empty one.
 
     A comment between blocks is given at once, as a block without data: it is somebody's keep-alive.
-    What is given, put together, is what came, also where a piece ends between CR and LF.
+    What is given, put together, is what came, also where a piece ends between CR and LF. Lines are
+    not kept one by one, since a block may be nothing but the shortest of them.
     """
 
     limit: int
     _buffer: bytearray = field(default_factory=bytearray)
-    _raw: list[bytes] = field(default_factory=list)
-    _block: list[bytes] = field(default_factory=list)
-    _size: int = 0
+    _raw: bytearray = field(default_factory=bytearray)
+    _data: bytearray | None = None
+    _fields: dict[bytes, bytes] = field(default_factory=dict)
     _after_return: bool = False
     _fresh: bool = True
 
@@ -128,7 +126,7 @@ class EventDecoder:
             start = end.end()
             yield from self._line(line)
         del self._buffer[:start]
-        if self._size + len(self._buffer) > self.limit:
+        if len(self._raw) + len(self._buffer) > self.limit:
             raise FrameTooLarge(f"an event is larger than {self.limit} bytes")
 
     def _late_newline(self) -> Iterator[Event]:
@@ -136,11 +134,10 @@ class EventDecoder:
         if not self._raw:
             yield Event(b"\n")
             return
-        self._raw.append(b"\n")
-        self._size += 1
+        self._raw += b"\n"
 
     def _line(self, line: bytes) -> Iterator[Event]:
-        if self._size + len(line) > self.limit:
+        if len(self._raw) + len(line) > self.limit:
             raise FrameTooLarge(f"an event is larger than {self.limit} bytes")
         text = line.rstrip(b"\r\n")
         if self._fresh:
@@ -148,27 +145,37 @@ class EventDecoder:
         if not self._raw and (not text or text.startswith(b":")):
             yield Event(line)
             return
-        self._raw.append(line)
-        self._size += len(line)
+        self._raw += line
         if text:
-            self._block.append(text)
+            self._field(text)
         else:
             yield self._event()
 
+    def _field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name != b"data":
+            if name in _FIELDS:
+                self._fields[name] = value
+        elif self._data is None:
+            self._data = bytearray(value)
+        else:
+            self._data += b"\n" + value
+
     def _event(self) -> Event:
-        raw = b"".join(self._raw)
-        fields: dict[str, list[str]] = {}
-        for line in self._block:
-            name, _, value = line.decode("utf-8", "replace").partition(":")
-            fields.setdefault(name, []).append(value.removeprefix(" "))
-        self._raw, self._block, self._size = [], [], 0
-        return Event(
-            raw=raw,
-            data="\n".join(fields["data"]) if "data" in fields else None,
-            name=fields.get("event", ["message"])[-1] or "message",
-            id=fields.get("id", [None])[-1],
-            retry=fields.get("retry", [None])[-1],
+        event = Event(
+            raw=bytes(self._raw),
+            data=_text(self._data),
+            name=_text(self._fields.get(b"event")) or "message",
+            id=_text(self._fields.get(b"id")),
+            retry=_text(self._fields.get(b"retry")),
         )
+        self._raw, self._data, self._fields = bytearray(), None, {}
+        return event
+
+
+def _text(value: bytes | bytearray | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "replace")
 
 
 def encode_event(data: bytes, like: Event | None = None) -> bytes:
@@ -183,3 +190,13 @@ def encode_event(data: bytes, like: Event | None = None) -> bytes:
             lines.append(f"retry: {like.retry}".encode())
     lines.append(b"data: " + data)
     return b"\n".join(lines) + b"\n\n"
+
+
+def event_of(line: bytes) -> Event:
+    """A line that is a message, as if it had come in an event."""
+    return Event(raw=line + b"\n", data=line.decode("utf-8", "surrogateescape"))
+
+
+def encode_line(data: bytes, like: Event | None = None) -> bytes:
+    """A line that carries `data`; there is nothing to be `like` another one in."""
+    return data + b"\n"

@@ -139,7 +139,7 @@ def parse_json(frame: bytes, strictness: Strictness = FROM_CLIENT) -> Json:
     if text.count("[") + text.count("{") > strictness.nesting:
         _refuse_deep(value, strictness.nesting)
     if not strictness.surrogates and _SURROGATE_ESCAPE.search(text):
-        _refuse_lone_surrogates(value)
+        refuse_lone_surrogates(value)
     return value
 
 
@@ -245,8 +245,13 @@ _DECODERS = {
 }
 
 
-def _refuse_lone_surrogates(value: Json) -> None:
-    """OPA reads a lone surrogate as U+FFFD, servers do not: judged is not executed."""
+def refuse_lone_surrogates(value: Json) -> None:
+    """OPA reads a lone surrogate as U+FFFD, others do not: judged would not be executed.
+
+    Raises:
+        MalformedMessage: there is one, in a key or a value.
+
+    """
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeGuard, TypeVar
 
 from sidecar.errors import HeaderMismatch, MalformedMessage, UnknownMethod
 from sidecar.protocol.jsonrpc import (
@@ -27,6 +27,7 @@ from sidecar.protocol.jsonrpc import (
     Request,
     RequestId,
     Response,
+    refuse_lone_surrogates,
 )
 from sidecar.protocol.methods import (
     LEGACY_REVISIONS,
@@ -67,6 +68,7 @@ _KNOWN_PARAMS = {
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SENTINEL = re.compile(r"=\?base64\?(.*)\?=", re.DOTALL)
 _PLAIN = re.compile(r"[\x20-\x7e]*")
+_REVISION = re.compile(r"[\x21-\x7e]{1,64}")
 
 MAX_ABANDONED = 256
 
@@ -117,12 +119,11 @@ class Bounded(OrderedDict[K, T]):
         super().__init__()
         self._size = size
 
-    def remember(self, key: K, value: T) -> None:
-        """Keep `value`, as the newest."""
+    def remember(self, key: K, value: T) -> T | None:
+        """Keep `value`, as the newest; the value that is forgotten for it, if any."""
         self[key] = value
         self.move_to_end(key)
-        while len(self) > self._size:
-            self.popitem(last=False)
+        return self.popitem(last=False)[1] if len(self) > self._size else None
 
 
 class Outstanding(Generic[T]):
@@ -160,17 +161,27 @@ class Outstanding(Generic[T]):
         key = (type(request_id), request_id)
         return self._waiting.pop(key, None) or self._abandoned.pop(key, None)
 
-    def abandon(self, request_id: RequestId) -> None:
-        """Nobody waits for this answer any more."""
+    def abandon(self, request_id: RequestId) -> T | None:
+        """Nobody waits for this answer any more; the question that is forgotten for it, if any."""
         key = (type(request_id), request_id)
-        if (question := self._waiting.pop(key, None)) is not None:
-            self._abandoned.remember(key, question)
+        question = self._waiting.pop(key, None)
+        return None if question is None else self._abandoned.remember(key, question)
+
+    def abandoned(self, request_id: RequestId) -> T | None:
+        """The abandoned question with that id."""
+        return self._abandoned.get((type(request_id), request_id))
 
     def drain(self) -> list[T]:
         """Take all of them: the other side is gone."""
         waiting = list(self._waiting.values())
         self._waiting.clear()
         return waiting
+
+    def drain_abandoned(self) -> list[T]:
+        """Take all that nobody waits for: their answers can not come any more."""
+        abandoned = list(self._abandoned.values())
+        self._abandoned.clear()
+        return abandoned
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -202,6 +213,8 @@ class Session:
         era = self._era(message, direction)
         row = self._row(message, direction, era)
         _refuse_lookalikes(message)
+        if row.governed is Governed.DECISION:
+            refuse_lone_surrogates(message.params)
         if row.name == "initialize":
             self._handshake(message)
         envelope_client = _client_info(_meta(message).get(CLIENT_INFO_KEY))
@@ -227,6 +240,7 @@ class Session:
         row = self.table.find(message.method, "request", Direction.FROM_SERVER, Era.MODERN)
         if row is None or row.governed is not Governed.DECISION:
             raise UnknownMethod(f"Method not found: {message.method}")
+        refuse_lone_surrogates(message.params)
         return Operation(
             message=message,
             method=row,
@@ -238,11 +252,26 @@ class Session:
             client=self.client,
         )
 
+    def unread(
+        self, message: Request | Notification, row: Method, direction: Direction, *targets: Target
+    ) -> Operation:
+        """An operation of a method that is in no table: what is known goes without reading it."""
+        return Operation(
+            message=message,
+            method=row,
+            direction=direction,
+            era=Era.LEGACY,
+            protocol_version=self.protocol_version,
+            targets=targets,
+            session_id=self.id,
+            client=self.client,
+        )
+
     def negotiated(self, response: Response) -> None:
         """Take the revision that the server chose from the answer to `initialize`."""
         result = response.result if isinstance(response.result, dict) else {}
         version = result.get("protocolVersion")
-        if isinstance(version, str):
+        if is_revision(version):
             self.protocol_version = version
 
     def _handshake(self, message: Request | Notification) -> None:
@@ -271,6 +300,23 @@ class Session:
         return row
 
 
+def embedded_questions(value: JsonObject) -> list[Notification]:
+    """The questions in a result or in a task's state, whatever it calls itself.
+
+    What is there and no question is one of an unknown method: who knows what a client makes of it.
+    """
+    task = value.get("task")
+    holders = [value, task] if isinstance(task, dict) else [value]
+    asked = [each["inputRequests"] for each in holders if each.get("inputRequests") is not None]
+    flat = [one for each in asked for one in (each.values() if isinstance(each, dict) else [each])]
+    return [_asked(each if isinstance(each, dict) else {}) for each in flat]
+
+
+def _asked(value: JsonObject) -> Notification:
+    params = value.get("params")
+    return Notification(str(value.get("method")), params if isinstance(params, dict) else None)
+
+
 def envelope_version(message: Message) -> str | None:
     """The revision that a modern message names in its envelope; None for the handshake revisions.
 
@@ -281,13 +327,18 @@ def envelope_version(message: Message) -> str | None:
     if isinstance(message, Response) or VERSION_KEY not in _meta(message):
         return None
     version = _meta(message)[VERSION_KEY]
-    if not isinstance(version, str) or version in LEGACY_REVISIONS:
+    if not is_revision(version) or version in LEGACY_REVISIONS:
         raise MalformedMessage(
             f"_meta {VERSION_KEY} must name a revision from {MODERN_REVISION} on",
             request_id=message.id if isinstance(message, Request) else None,
             rpc_code=INVALID_PARAMS,
         )
     return version
+
+
+def is_revision(version: object) -> TypeGuard[str]:
+    """Whether it is one word that a header can repeat as it is."""
+    return isinstance(version, str) and _REVISION.fullmatch(version) is not None
 
 
 def is_modern(message: Message) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from aiohttp import ClientResponse
@@ -24,10 +25,11 @@ from sidecar.protocol.jsonrpc import (
     decode,
     encode,
 )
+from sidecar.protocol.session import is_revision
 from sidecar.transport.flight import EVENTS, Cursor, Flight, Link, key_of
 from sidecar.transport.headers import SESSION
 from sidecar.transport.peer import Hearer
-from sidecar.transport.upstream import HttpUpstream
+from sidecar.transport.upstream import HttpUpstream, announces
 
 log = logging.getLogger("sidecar.transport.remote")
 
@@ -132,7 +134,7 @@ class Answers:
             raise UpstreamError("the server redirects, which is not followed", sent=True)
         match media_type(response):
             case "text/event-stream":
-                await self._read_events(flight, response)
+                await self._read_events(flight, self._upstream.events(response))
             case "application/json":
                 await self._read_json(flight, response)
             case _:
@@ -146,7 +148,12 @@ class Answers:
         raise UpstreamError(f"the server answered {response.status} and no message", sent=True)
 
     async def _read_json(self, flight: Flight, response: ClientResponse) -> None:
-        body, failed = await self._upstream.read(response), response.status >= 400
+        """One message, or, where the body is a message a line, each as it comes."""
+        head, failed = await self._upstream.begin(response), response.status >= 400
+        if announces(head):
+            await self._read_events(flight, self._upstream.lines(response, head))
+            return
+        body = await self._upstream.read(response, head)
         try:
             message = decode(body.strip(), FROM_SERVER)
         except MalformedMessage as error:
@@ -164,11 +171,11 @@ class Answers:
         if not flight.answered:
             raise UpstreamError("the server answered something else", sent=True)
 
-    async def _read_events(self, flight: Flight, response: ClientResponse) -> None:
+    async def _read_events(self, flight: Flight, events: AsyncIterator[Event]) -> None:
         """Take events in as they come; a stream that goes on after its answer is closed."""
         try:
             async with asyncio.timeout(None) as patience:
-                async for event in self._upstream.events(response):
+                async for event in events:
                     flight.cursor.note(event)
                     await self._take(event)
                     if flight.answered and patience.when() is None:
@@ -201,7 +208,7 @@ class Answers:
         headers = flight.link.stream_headers(flight.cursor)
         async with self._upstream.open("GET", headers) as response:
             if _is_stream(response):
-                await self._read_events(flight, response)
+                await self._read_events(flight, self._upstream.events(response))
             else:
                 self._refused(flight, response)
 
@@ -272,7 +279,7 @@ class Answers:
         result, request = response.result, flight.request
         if request.method == "initialize" and isinstance(result, dict):
             version = result.get("protocolVersion")
-            flight.link.version = version if isinstance(version, str) else None
+            flight.link.version = version if is_revision(version) else None
         if response.error is not None and response.error["code"] == HeaderMismatch.rpc_code:
             self._catalog.forget()  # the tools are not what they were when they were listed
         if request.method == "tools/list" and flight.modern and isinstance(result, dict):

@@ -32,7 +32,7 @@ from sidecar.protocol.methods import LEGACY_REVISIONS, REVISIONS
 from sidecar.protocol.session import envelope_version
 from sidecar.transport import headers as rules
 from sidecar.transport.child import Child
-from sidecar.transport.exchange import Exchange, Sessions
+from sidecar.transport.exchange import Exchange, Sessions, Streamable
 from sidecar.transport.hosted import HostedSession
 from sidecar.transport.shared import SharedServer
 
@@ -44,7 +44,7 @@ PATIENCE = 0.8
 """The part of a shutdown's time that calls have to end by themselves."""
 
 
-class StdioBridge:
+class StdioBridge(Streamable):
     """A `Backend` that runs `command`, at most `limits.children` times at once."""
 
     def __init__(

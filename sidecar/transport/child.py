@@ -20,6 +20,9 @@ from sidecar.transport.pipes import CHUNK
 
 log = logging.getLogger("sidecar.transport.child")
 
+MAX_UNREAD = 64 * 1024 * 1024
+"""Bytes that wait for a server which does not read; who sends more is told that it does not."""
+
 STOP_GRACE = 5.0
 TERM_GRACE = 2.0
 
@@ -66,10 +69,12 @@ class Child:
         """Write a permitted message.
 
         Raises:
-            UpstreamError: the server is gone; nothing was sent.
+            UpstreamError: the server is gone, or does not read; nothing was sent.
         """
         if self.gone or self._stdin.is_closing():
             raise UpstreamError("the server is not running", sent=False)
+        if self._stdin.transport.get_write_buffer_size() > MAX_UNREAD:
+            raise UpstreamError("the server does not read", sent=False)
         self._stdin.write(permitted.frame + b"\n")
 
     async def drain(self) -> None:

@@ -6,7 +6,7 @@ permitted to a server, of whatever kind, and its answers back to the client.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +15,9 @@ from multidict import CIMultiDict
 
 from sidecar.conversation import Ask, Call, Conversation, Origin, Server, Ticket
 from sidecar.policy.enforcement import Permitted
-from sidecar.protocol.jsonrpc import Message
+from sidecar.protocol.jsonrpc import Message, Response, encode
 from sidecar.protocol.session import Bounded
+from sidecar.transport.headers import SESSION
 
 
 class Sessions:
@@ -25,11 +26,15 @@ class Sessions:
     def __init__(self, most: int) -> None:
         self._known: Bounded[str, tuple[Conversation, tuple[str, ...]]] = Bounded(most)
 
-    def open(self, session_id: str, conversation: Conversation, owner: tuple[str, ...]) -> None:
-        """Remember a session that a server has opened."""
+    def open(
+        self, session_id: str, conversation: Conversation, owner: tuple[str, ...]
+    ) -> Conversation | None:
+        """Remember a session that a server has opened; the one that is forgotten for it, if any."""
         conversation.lasting = True
         conversation.session.id = session_id
-        self._known.remember(session_id, (conversation, owner))
+        replaced = self._known.pop(session_id, None)
+        forgotten = self._known.remember(session_id, (conversation, owner)) or replaced
+        return None if forgotten is None else forgotten[0]
 
     def find(self, session_id: str, owner: tuple[str, ...]) -> Conversation | None:
         """The session of that id and owner; None for one that is unknown or somebody else's."""
@@ -41,12 +46,16 @@ class Sessions:
         if conversation.session.id is not None:
             self._known.pop(conversation.session.id, None)
 
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter([conversation for conversation, _ in self._known.values()])
+
 
 @dataclass(slots=True)
 class Exchange:
     """One HTTP request: where it came from and the conversation that it belongs to.
 
     `onward` gives the headers that go on to an HTTP server, with the trace context of a call.
+    `resumable` says that the stream of its answer had an event id: another one may go on with it.
     """
 
     request: web.Request
@@ -57,6 +66,7 @@ class Exchange:
     onward: Callable[[Call | None], CIMultiDict[str]]
     call: Call | None = None
     ticket: Ticket | None = None
+    resumable: bool = False
 
     @property
     def answers(self) -> bool:
@@ -74,8 +84,30 @@ class Exchange:
             self.ticket.release()
 
 
+Replier = Callable[[Response, int], Awaitable[web.StreamResponse]]
+"""How a client is answered in place of its server: the message, and the status that it goes by."""
+
+
 class Backend(Protocol):
-    """The server's side of a route."""
+    """The server's side of a route, and how its clients talk."""
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """The HTTP methods that there are."""
+
+    @property
+    def by_headers(self) -> bool:
+        """Whether headers name session, revision and event, repeat the body and are held to it."""
+
+    def session_id(self, request: web.Request, *, modern: bool) -> str | None:
+        """The session that a request names; None for one that is in none, or opens one."""
+
+    def replier(self, request: web.Request, owner: tuple[str, ...]) -> Replier:
+        """How the one who sent this request is answered.
+
+        Raises:
+            ProtocolError: 404, there is no such session of this owner to be answered in.
+        """
 
     def admit(self, exchange: Exchange, message: Message) -> None:
         """Refuse, by a ProtocolError, what there is no server for, before it is judged."""
@@ -94,6 +126,25 @@ class Backend(Protocol):
 
     def close_streams(self) -> None:
         """End every open stream, so that a shutdown does not wait for them."""
+
+
+class Streamable:
+    """How clients of Streamable HTTP talk: what they are answered with is the response."""
+
+    verbs = ("POST", "GET", "DELETE")
+    by_headers = True
+
+    def session_id(self, request: web.Request, *, modern: bool) -> str | None:
+        """The session that the header names; the stateless revision has none."""
+        return None if modern else request.headers.get(SESSION)
+
+    def replier(self, request: web.Request, owner: tuple[str, ...]) -> Replier:
+        """In the response."""
+        return _in_the_response
+
+
+async def _in_the_response(response: Response, status: int) -> web.StreamResponse:
+    return web.json_response(body=encode(response), status=status)
 
 
 @dataclass(frozen=True, slots=True)

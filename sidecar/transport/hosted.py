@@ -184,7 +184,7 @@ class HostedSession:
 
     def _take_back(self, request_id: object) -> None:
         """A server need not answer what was taken back: its response ends all the same."""
-        post = self._posts.get(_key(request_id))
+        post = self._posts.get(_key(request_id)) if isinstance(request_id, (str, int)) else None
         if post is not None:
             asyncio.get_running_loop().call_later(CANCEL_GRACE, post.outlet.close)
 

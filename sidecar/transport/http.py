@@ -1,12 +1,16 @@
-"""HTTP for MCP clients (Streamable HTTP, MCP 2025-03-26 and later).
+"""HTTP for MCP clients (Streamable HTTP, MCP 2025-03-26 and later; legacy HTTP+SSE).
 
 POST carries one message, GET opens or resumes a session's stream, DELETE ends a session. Every
-message is checked, judged and handed to the backend of its path; the server's side is there.
+message is checked, judged and handed to the backend of its path; the server's side is there, and
+how its clients talk.
 """
 
 from __future__ import annotations
 
 import logging
+import resource
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Literal
 
 from aiohttp import web
@@ -26,16 +30,20 @@ from sidecar.policy.enforcement import (
 )
 from sidecar.policy.identity import Actor
 from sidecar.protocol.framing import FrameTooLarge
-from sidecar.protocol.jsonrpc import Message, Strictness, decode, encode
+from sidecar.protocol.jsonrpc import Message, Response, Strictness, decode, encode
 from sidecar.protocol.methods import MethodTable
 from sidecar.protocol.session import Session, check_headers, is_modern
 from sidecar.transport import headers as rules
-from sidecar.transport.exchange import Exchange, Route
+from sidecar.transport.exchange import Exchange, Replier, Route
+from sidecar.transport.metadata import Metadata
 
 log = logging.getLogger("sidecar.transport.http")
 
 ASSUMED_VERSION = "2025-03-26"
 """What a handshake client without the version header speaks (2025-06-18 transports)."""
+
+FILES = 32_768
+"""As many as `limits.streams` and the calls beside them need, and no more: children inherit it."""
 
 CLIENT_GONE = 499
 """Never seen by anybody."""
@@ -48,7 +56,8 @@ class HttpProxy:
         self,
         *,
         pipeline: Pipeline,
-        routes: dict[str, Route],
+        routes: Mapping[str, Route],
+        metadata: Mapping[str, Metadata],
         table: MethodTable,
         actor: Actor,
         strictness: Strictness,
@@ -58,6 +67,7 @@ class HttpProxy:
     ) -> None:
         self._pipeline = pipeline
         self._routes = routes
+        self._metadata = metadata
         self._table = table
         self._actor = actor
         self._strictness = strictness
@@ -93,10 +103,6 @@ class HttpProxy:
             return web.json_response(body=encode(body), status=500)
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
-        path = request.raw_path.partition("?")[0]
-        route = self._routes.get(path)
-        if route is None:
-            raise ProtocolError("there is nothing here", status=404)
         rules.refuse_duplicates(request.headers)
         rules.refuse_strangers(
             request.headers,
@@ -104,23 +110,42 @@ class HttpProxy:
             hosts=self._http.hosts,
             origins=self._http.origins,
         )
+        path = request.raw_path.partition("?")[0]
+        if (metadata := self._metadata.get(path)) is not None:
+            return await metadata.answer(request)
+        if (route := self._routes.get(path)) is None:
+            raise ProtocolError("there is nothing here", status=404)
+        if request.method not in route.backend.verbs:
+            return web.Response(status=405, headers={"Allow": ", ".join(route.backend.verbs)})
         match request.method:
             case "POST":
                 return await self._post(request, route)
             case "GET":
                 return await self._get(request, route)
-            case "DELETE":
-                return await self._delete(request, route)
             case _:
-                return web.Response(status=405, headers={"Allow": "POST, GET, DELETE"})
+                return await self._delete(request, route)
 
     # -------------------------------------------------------------- POST
 
     async def _post(self, request: web.Request, route: Route) -> web.StreamResponse:
+        """Let a message through, or answer it: where its sender waits for an answer by its id."""
+        reply = route.backend.replier(request, self._actor.keys)
         rules.refuse_other_content(request.headers)
-        message = decode(await self._body(request), self._strictness)
-        headers = {name.lower(): value for name, value in request.headers.items()}
-        check_headers(message, headers, self._table)
+        try:
+            message = decode(await self._body(request), self._strictness)
+            return await self._submit(request, route, message, reply)
+        except ProtocolError as error:
+            if error.request_id is None:
+                raise
+            self._pipeline.malformed(error)
+            return await reply(_reply_to(error), error.status)
+
+    async def _submit(
+        self, request: web.Request, route: Route, message: Message, reply: Replier
+    ) -> web.StreamResponse:
+        if route.backend.by_headers:
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            check_headers(message, headers, self._table)
         exchange = self._exchange(request, route, message)
         route.backend.admit(exchange, message)
         outcome, exchange.ticket, exchange.call = await self._pipeline.from_client(
@@ -130,7 +155,7 @@ class HttpProxy:
             case Forward(permitted):
                 return await route.backend.forward(exchange, permitted)
             case Reply(response, status):
-                return web.json_response(body=encode(response), status=status)
+                return await reply(response, status)
             case Drop():
                 return web.Response(status=202)
 
@@ -154,7 +179,7 @@ class HttpProxy:
         def onward(call: Call | None) -> CIMultiDict[str]:
             return rules.to_upstream(
                 request.headers,
-                modern=modern,
+                modern=modern and route.backend.by_headers,
                 authorization=self._http.forward_authorization,
                 trace=call.trace.to_upstream if call else {},
             )
@@ -167,9 +192,10 @@ class HttpProxy:
         Raises:
             ProtocolError: 404, the session is unknown (also after a restart) or somebody else's.
         """
-        session_id = None if modern else request.headers.get(rules.SESSION)
+        session_id = route.backend.session_id(request, modern=modern)
         if session_id is None:
-            version = None if modern else request.headers.get(rules.VERSION, ASSUMED_VERSION)
+            claimed = request.headers.get(rules.VERSION, ASSUMED_VERSION)
+            version = claimed if route.backend.by_headers and not modern else None
             session = Session(self._table, protocol_version=version)
             return Conversation(session, route.server, "http", lasting=False)
         conversation = route.sessions.find(session_id, self._actor.keys)
@@ -181,12 +207,15 @@ class HttpProxy:
 
     async def _get(self, request: web.Request, route: Route) -> web.StreamResponse:
         exchange = self._exchange(request, route, None)
-        action: Literal["open", "resume"] = (
-            "resume" if "Last-Event-ID" in request.headers else "open"
-        )
-        if await self._pipeline.stream(exchange.conversation, action, exchange.origin) is not None:
-            return web.Response(status=405, headers={"Allow": "POST"})
-        return await route.backend.open_stream(exchange)
+        resumes = route.backend.by_headers and "Last-Event-ID" in request.headers
+        action: Literal["open", "resume"] = "resume" if resumes else "open"
+        # A policy that says no and too many streams are answered alike: to every client 405 means
+        # that there is no stream, and it goes on without, where other statuses end some of them.
+        with self._pipeline.load.stream():
+            asking = self._pipeline.stream(exchange.conversation, action, exchange.origin)
+            if await asking is not None:
+                return web.Response(status=405, headers={"Allow": "POST"})
+            return await route.backend.open_stream(exchange)
 
     async def _delete(self, request: web.Request, route: Route) -> web.StreamResponse:
         exchange = self._exchange(request, route, None)
@@ -199,10 +228,19 @@ class HttpProxy:
         for route in self._routes.values():
             route.backend.close_streams()
 
+    def forget_sessions(self) -> None:
+        """Nobody will come back to a session: what happened in it is recorded."""
+        for route in self._routes.values():
+            for conversation in route.sessions:
+                self._pipeline.close(conversation)
+
+
+def _reply_to(error: ProtocolError) -> Response:
+    return protocol_reply(error.request_id, error.rpc_code, str(error), error.data)
+
 
 def _refusal(error: ProtocolError) -> web.Response:
-    body = encode(protocol_reply(error.request_id, error.rpc_code, str(error), error.data))
-    response = web.json_response(body=body, status=error.status)
+    response = web.json_response(body=encode(_reply_to(error)), status=error.status)
     if isinstance(error, FrameTooLarge):
         response.force_close()
     return response
@@ -210,6 +248,16 @@ def _refusal(error: ProtocolError) -> web.Response:
 
 def _trace_headers(request: web.Request) -> dict[str, str]:
     return {name: request.headers[name] for name in TRACE_CONTEXT if name in request.headers}
+
+
+def _raise_file_limit() -> None:
+    """A stream takes two connections, and the soft limit of many systems is 256 or 1024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with suppress(ValueError, OSError):  # some systems have another bound below the hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def serve(
@@ -220,6 +268,7 @@ async def serve(
     Raises:
         OSError: the address can not be had.
     """
+    _raise_file_limit()
     runner = web.AppRunner(
         proxy.application(),
         auto_decompress=False,

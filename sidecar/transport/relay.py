@@ -5,27 +5,31 @@ Events are passed on one by one, never collected. A client that goes away ends t
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 
 from aiohttp import ClientResponse, web
 
 from sidecar.conversation import Ask
-from sidecar.errors import MalformedMessage, ProtocolError, UpstreamError
+from sidecar.errors import MalformedMessage, UpstreamError
 from sidecar.pipeline import Pipeline
-from sidecar.policy.enforcement import AnswerServer, Deliver, Permitted
-from sidecar.protocol.framing import Event, encode_event
+from sidecar.policy.enforcement import Deliver, Delivery, Permitted
+from sidecar.protocol.framing import Event, encode_event, encode_line
 from sidecar.protocol.jsonrpc import FROM_SERVER, Message, Request, Response, decode, encode
 from sidecar.transport import headers as rules
-from sidecar.transport.exchange import Exchange
-from sidecar.transport.upstream import HttpUpstream
+from sidecar.transport.exchange import Exchange, Streamable
+from sidecar.transport.judged import Frame, judged
+from sidecar.transport.upstream import HttpUpstream, announces
 
 log = logging.getLogger("sidecar.transport.relay")
 
 MAX_ERROR_BODY = 64 * 1024
 
 
-class HttpRelay:
+class HttpRelay(Streamable):
     """A `Backend` in front of one MCP endpoint."""
 
     def __init__(self, pipeline: Pipeline, upstream: HttpUpstream) -> None:
@@ -58,9 +62,10 @@ class HttpRelay:
         return web.json_response(body=encode(reply))
 
     def _end(self, exchange: Exchange) -> None:
-        """The exchange is over: what has no answer by now was cancelled, or broken off."""
+        """The exchange is over: what has no answer by now was cancelled, or goes on elsewhere."""
         if exchange.call is not None and exchange.call.outcome is None:
-            self._pipeline.abandon(exchange.conversation, exchange.call)
+            over = self._pipeline.suspend if exchange.resumable else self._pipeline.abandon
+            over(exchange.conversation, exchange.call)
         if not exchange.conversation.lasting:
             self._pipeline.close(exchange.conversation)
 
@@ -70,7 +75,8 @@ class HttpRelay:
             raise UpstreamError("the server redirects, which is not followed", sent=True)
         match _media_type(response):
             case "text/event-stream":
-                return await self._relay_events(exchange, response)
+                events = self._upstream.events(response)
+                return await self._relay_stream(exchange, response, events, encode_event)
             case "application/json":
                 return await self._relay_json(exchange, response)
             case _:
@@ -84,7 +90,10 @@ class HttpRelay:
         call, session_id = exchange.call, response.headers.get(rules.SESSION)
         opening = call is not None and call.operation.method.name == "initialize"
         if opening and response.status < 300 and session_id and not exchange.conversation.lasting:
-            exchange.sessions.open(session_id, exchange.conversation, exchange.origin.actor.keys)
+            owner = exchange.origin.actor.keys
+            forgotten = exchange.sessions.open(session_id, exchange.conversation, owner)
+            if forgotten is not None:
+                self._pipeline.forget(forgotten)
         if response.status == 404 and exchange.conversation.lasting:
             self._forget_session(exchange)
 
@@ -93,7 +102,12 @@ class HttpRelay:
         self._pipeline.close(exchange.conversation)
 
     async def _relay_json(self, exchange: Exchange, response: ClientResponse) -> web.StreamResponse:
-        body = await self._upstream.read(response)
+        """Pass on one message, or, where the body is a message a line, each as it comes."""
+        head = await self._upstream.begin(response)
+        if announces(head):
+            lines = self._upstream.lines(response, head)
+            return await self._relay_stream(exchange, response, lines, encode_line)
+        body = await self._upstream.read(response, head)
         if not body and not exchange.answers:
             return _copy(response, body)
         try:
@@ -118,8 +132,12 @@ class HttpRelay:
             error = UpstreamError(f"the server answered {response.status}", sent=True)
             self._pipeline.upstream_failed(exchange.conversation, call, error)
 
-    async def _relay_events(
-        self, exchange: Exchange, response: ClientResponse
+    async def _relay_stream(
+        self,
+        exchange: Exchange,
+        response: ClientResponse,
+        events: AsyncIterator[Event],
+        frame: Frame,
     ) -> web.StreamResponse:
         """Pass events on as they come, each judged for itself."""
         stream = web.StreamResponse(
@@ -129,20 +147,26 @@ class HttpRelay:
         if exchange.endless:
             self._streams.add(stream)
         try:
-            async for event in self._upstream.events(response):
-                written = await self._judge_event(exchange, event)
+            async for event in events:
+                exchange.resumable = exchange.resumable or bool(event.id)
+                written = await self._judge_event(exchange, event, frame)
                 if written:
                     await stream.write(written)
-            await self._close_unanswered(exchange, stream, None)
+                    await asyncio.sleep(0)  # a flood waits its turn behind everybody else
+            await self._close_unanswered(exchange, stream, frame, None)
         except UpstreamError as error:
-            await self._close_unanswered(exchange, stream, error)
+            await self._close_unanswered(exchange, stream, frame, error)
         finally:
             self._streams.discard(stream)
         await stream.write_eof()
         return stream
 
     async def _close_unanswered(
-        self, exchange: Exchange, stream: web.StreamResponse, error: UpstreamError | None
+        self,
+        exchange: Exchange,
+        stream: web.StreamResponse,
+        frame: Frame,
+        error: UpstreamError | None,
     ) -> None:
         """A stream without sessions that ends before its answer gets one: nothing can resume it."""
         call = exchange.call
@@ -151,31 +175,16 @@ class HttpRelay:
         error = error or UpstreamError("the server ended the stream without an answer", sent=True)
         reply = self._pipeline.upstream_failed(exchange.conversation, call, error)
         if reply is not None:
-            await stream.write(encode_event(encode(reply)))
+            await stream.write(frame(encode(reply), None))
 
-    async def _judge_event(self, exchange: Exchange, event: Event) -> bytes:
+    async def _judge_event(self, exchange: Exchange, event: Event, frame: Frame) -> bytes:
         """The bytes that the client gets for an event; none when it is dropped."""
-        if not event.data:
-            return event.raw
-        try:
-            message = decode(event.data.encode("utf-8", "surrogateescape"), FROM_SERVER)
-            delivery = await self._pipeline.from_server(
-                exchange.conversation, message, exchange.origin
-            )
-        except ProtocolError as error:
-            log.warning("dropped an event of the server that is no message: %s", error)
-            self._pipeline.malformed(error)
-            return b""
-        match delivery:
-            case Deliver(None):
-                return event.raw
-            case Deliver(replaced) if replaced is not None:
-                return encode_event(encode(replaced), event)
-            case AnswerServer(permitted):
-                await self._answer_server(exchange, permitted)
-                return b""
-            case _:
-                return b""
+
+        async def hear(message: Message) -> Delivery:
+            return await self._pipeline.from_server(exchange.conversation, message, exchange.origin)
+
+        answer = partial(self._answer_server, exchange)
+        return await judged(event, self._pipeline, hear, answer, frame)
 
     async def _answer_server(self, exchange: Exchange, permitted: Permitted) -> None:
         """Post our refusal of the server's question, as its client would post an answer."""

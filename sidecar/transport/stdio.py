@@ -118,7 +118,7 @@ class StdioProxy:
         ended = await self._peer.stop()
         await asyncio.wait({serving}, timeout=LAST_WORDS)
         await self._outbound.settle(self._limits.drain)
-        self._fail_waiting(UpstreamError(ended.why, sent=True))
+        self._fail_waiting(ended.why)
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
                 await self._stdout.drain()
@@ -247,11 +247,11 @@ class StdioProxy:
     def _to_client(self, message: Message) -> None:
         self._stdout.write(encode(message) + b"\n")
 
-    def _fail_waiting(self, error: UpstreamError) -> None:
+    def _fail_waiting(self, why: str) -> None:
         """Whoever still waits for the server gets an answer from us."""
-        self._peer.fail_asked(error)
+        self._peer.fail_asked(UpstreamError(why, sent=True))
         for call in self._conversation.calls.drain():
-            self._fail(call, error)
+            self._fail(call, UpstreamError(why, sent=bool(call.forwarded)))
 
 
 def _nothing() -> None:

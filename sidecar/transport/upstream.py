@@ -8,18 +8,25 @@ unless one is configured.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import copy
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import aiohttp
 from multidict import CIMultiDict
+from yarl import URL
 
-from sidecar.errors import UpstreamError, UpstreamTimeout
+from sidecar.errors import MalformedMessage, UpstreamError, UpstreamTimeout
 from sidecar.policy.enforcement import Permitted
-from sidecar.protocol.framing import Event, EventDecoder, FrameTooLarge
+from sidecar.protocol.framing import Event, EventDecoder, FrameTooLarge, LineDecoder, event_of
+from sidecar.protocol.jsonrpc import FROM_SERVER, Response, decode
 
 CHUNK = 64 * 1024
+
+_PLAIN = re.compile(r"[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]*")
+"""A reference that goes on as it is (RFC 3986); what else there is in others has to be quoted."""
 
 
 class HttpUpstream:
@@ -28,13 +35,30 @@ class HttpUpstream:
     def __init__(
         self, url: str, *, connect: float, response: float | None, message_limit: int
     ) -> None:
-        self._url = url
+        self._url = URL(url)
         self._message_limit = message_limit
         self._timeout = aiohttp.ClientTimeout(
             total=None, connect=connect, sock_connect=connect, sock_read=None
         )
         self._response_timeout = response
         self._session: aiohttp.ClientSession | None = None
+
+    def sibling(self, reference: str) -> HttpUpstream:
+        """Another endpoint of the same server, once there is a pool; relative to this one.
+
+        Raises:
+            UpstreamError: it is not on the same server.
+        """
+        try:
+            url = self._url.join(URL(reference, encoded=_PLAIN.fullmatch(reference) is not None))
+            its_own = _server_of(url) == _server_of(self._url)
+        except ValueError as error:
+            raise UpstreamError("the server names an endpoint that is no URL", sent=True) from error
+        if not its_own:
+            raise UpstreamError("the server names an endpoint that is not its own", sent=True)
+        other = copy.copy(self)
+        other._url = url
+        return other
 
     async def start(self) -> None:
         """Make the pool; connections are opened when they are needed."""
@@ -127,24 +151,61 @@ class HttpUpstream:
                 trace_request_ctx=progress,
             )
 
-    async def read(self, response: aiohttp.ClientResponse) -> bytes:
-        """The whole body of an answer.
+    async def read(self, response: aiohttp.ClientResponse, head: bytes = b"") -> bytes:
+        """The whole body of an answer, of which `head` has been read.
 
         Raises:
             UpstreamError: it broke, or is larger than the bound.
         """
-        parts, size = [], 0
+        return await self._read(response, head, lambda part: False)
+
+    async def begin(self, response: aiohttp.ClientResponse) -> bytes:
+        """What tells whether a body is lines: it goes at least to the end of the first one.
+
+        A server that knows how long its body is does not write it while others wait for it: nothing
+        is read then.
+
+        Raises:
+            UpstreamError: as `read`.
+        """
+        if response.content_length is not None or response.status >= 300:
+            return b""
+        return await self._read(response, b"", lambda part: b"\n" in part)
+
+    async def _read(
+        self, response: aiohttp.ClientResponse, head: bytes, enough: Callable[[bytes], bool]
+    ) -> bytes:
+        body = bytearray(head)
         try:
             async for part in response.content.iter_any():
-                size += len(part)
-                if size > self._message_limit:
+                body += part
+                if len(body) > self._message_limit:
                     raise UpstreamError("the server's answer is too large", sent=True)
-                parts.append(part)
+                if enough(part):
+                    break
         except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError("the connection to the server broke", sent=True) from error
-        return b"".join(parts)
+        return bytes(body)
 
-    async def events(self, response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
+    async def lines(self, response: aiohttp.ClientResponse, head: bytes) -> AsyncIterator[Event]:
+        """The lines of a body that begins with `head`, each as soon as it is whole.
+
+        Raises:
+            UpstreamError: the stream broke, or a line is larger than the bound.
+        """
+        decoder = LineDecoder(self._message_limit)
+        try:
+            for line in decoder.feed(head):
+                yield event_of(line)
+            async for part in response.content.iter_any():
+                for line in decoder.feed(part):
+                    yield event_of(line)
+            if (last := decoder.finish()) is not None:
+                yield event_of(last)
+        except (aiohttp.ClientError, OSError, FrameTooLarge) as error:
+            raise UpstreamError("the stream from the server broke", sent=True) from error
+
+    async def events(self, response: aiohttp.ClientResponse) -> AsyncGenerator[Event, None]:
         """The events of a stream, each as soon as it is whole.
 
         Raises:
@@ -157,6 +218,21 @@ class HttpUpstream:
                     yield event
         except (aiohttp.ClientError, OSError, FrameTooLarge) as error:
             raise UpstreamError("the stream from the server broke", sent=True) from error
+
+
+def _server_of(url: URL) -> tuple[object, ...]:
+    """Whom a request to this URL is made to, and as whom."""
+    host = (url.raw_host or "").lower()
+    return url.scheme, host, url.port, url.raw_user, url.raw_password
+
+
+def announces(head: bytes) -> bool:
+    """Whether a body begins with a line that is a message, and not the answer: more will come."""
+    line, newline, _ = head.partition(b"\n")
+    try:
+        return bool(newline) and not isinstance(decode(line, FROM_SERVER), Response)
+    except MalformedMessage:
+        return False
 
 
 async def _sent(session: object, context: SimpleNamespace, params: object) -> None:

@@ -49,6 +49,7 @@ async def main(url: str) -> None:
         routes={
             "/mcp": Route(HttpRelay(pipeline, upstream), Server("bench"), Sessions(limits.sessions))
         },
+        metadata={},
         table=MethodTable.of(),
         actor=static(Principal("human", "ana", "static")),
         strictness=FROM_CLIENT,

@@ -176,7 +176,7 @@ def test_a_server_that_does_not_read_for_a_while_does_not_lock_the_pipe(
 ) -> None:
     """It answers at length before it reads on: whoever waits for it must go on reading."""
     log, config, go_on = tmp_path / "log", tmp_path / "config.yaml", tmp_path / "go-on"
-    many = "{limits: {calls_in_flight: 100000}, policy: {deadline: 30}}"
+    many = "{limits: {calls_in_flight: 100000, calls_per_actor: 100000}, policy: {deadline: 30}}"
     config.write_text(many, encoding="utf-8")
     server, number = permissive_server.command(log), 3000
     with stdio_sidecar(server, "--policy", ALLOW_ALL, "--config", config, env=env) as pipe:

@@ -126,11 +126,6 @@ POLICY = ("--policy", str(ALLOW_ALL))
             id="no configuration",
         ),
         # Known by name, and not built.
-        pytest.param(
-            ("http", *POLICY, *LISTEN, "--upstream", "http://127.0.0.1:1/sse"),
-            ("legacy HTTP+SSE", "not there yet"),
-            id="legacy SSE",
-        ),
         pytest.param(("inject", "-f", "x"), ("'inject'", "not there yet"), id="a later command"),
         pytest.param(("policy", "build", "x"), ("'policy'", "not there yet"), id="another"),
     ],

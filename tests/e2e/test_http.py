@@ -77,11 +77,6 @@ def env(opa_bin: Path) -> dict[str, str]:
             "two servers",
             id="in front of two servers at one address",
         ),
-        pytest.param(
-            ("--listen", "127.0.0.1:0", "--upstream", "http://127.0.0.1:1/sse"),
-            "not there yet",
-            id="the transport of 2024",
-        ),
     ],
 )
 def test_what_it_can_not_be_is_a_usage_error(

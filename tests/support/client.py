@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 from mcp import Client, MCPError, StdioServerParameters, stdio_client
+from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult, EmptyResult, Request, RequestParams
 
@@ -61,6 +62,22 @@ async def over_http(
         transport = streamable_http_client(url, http_client=http)
         async with _connected(transport, mode, **more) as client:
             yield client
+
+
+@asynccontextmanager
+async def over_sse(url: str, mode: str, **more: Any) -> AsyncIterator[Client]:
+    """A client of an address of this machine, by the legacy HTTP+SSE transport."""
+
+    def http(
+        headers: dict[str, str] | None = None,
+        timeout: httpx2.Timeout | None = None,
+        auth: httpx2.Auth | None = None,
+    ) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(trust_env=False, timeout=timeout, headers=headers, auth=auth)
+
+    transport = sse_client(url, httpx_client_factory=http)
+    async with _connected(transport, mode, **more) as client:
+        yield client
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import gzip
 import json
 import os
@@ -41,17 +42,19 @@ def records(log: Path, what: str | None = None) -> list[Object]:
     if not log.exists():
         return []
     whole, _, _ = log.read_text(encoding="utf-8").rpartition("\n")  # not a line half written
-    found = [json.loads(line) for line in whole.splitlines()]
+    found = [json.loads(line) for line in whole.split("\n") if line]
     return [each for each in found if what in (None, each["what"])]
 
 
 def executed(log: Path) -> list[Object]:
     """The messages that did something: no negotiation, no listing, no notification."""
-    return [
-        each
-        for each in records(log, "message")
-        if each["method"] not in HARMLESS and not str(each["method"]).startswith("notifications/")
-    ]
+    return [each for each in records(log, "message") if acts(each)]
+
+
+def acts(record: Object) -> bool:
+    """Whether the message of a record did something."""
+    method = str(record["method"])
+    return method not in HARMLESS and not method.startswith("notifications/")
 
 
 def command(log: Path, *arguments: str) -> list[str]:
@@ -148,6 +151,18 @@ def dump(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+def words_of(message: Object) -> tuple[bytes, int] | None:
+    """What a call wants to hear, word for word, and in pieces of how many bytes."""
+    arguments = arguments_of(message)
+    if "say" not in arguments:
+        return None
+    return base64.b64decode(arguments["say"]), int(arguments.get("pieces", LONG))
+
+
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
 # ── stdio ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -179,7 +194,11 @@ class Stdio(Server):
     def _act(self, message: Object) -> None:
         answer = self.result(message)
         behaviour = MISBEHAVIOUR.get(tool_of(message))
-        if tool_of(message) in ("hold", "ask", "ask_unknown"):
+        if words := words_of(message):
+            for piece in pieces(*words):
+                os.write(1, piece)
+            write(dump(answer))
+        elif tool_of(message) in ("hold", "ask", "ask_unknown"):
             self._later(message, answer)
         elif behaviour is not None:
             behaviour(answer)
@@ -322,10 +341,16 @@ class Exchange:
             return await self._stream()
         if verb == "DELETE":
             return await self._send(b"", status="200 OK")
+        self._believe(headers)
         if headers.get("content-encoding") == "gzip":
             with suppress(OSError):
                 body = gzip.decompress(body)
         return await self._messages(make_sense(body))
+
+    def _believe(self, headers: dict[str, str]) -> None:
+        """Execute what the headers alone ask for, as one does that routes by them."""
+        if headers.get("mcp-method") == "tools/call" and "danger" in headers.get("mcp-name", ""):
+            self._server.note("message", method="tools/call", name="danger", id=None)
 
     async def _messages(self, messages: list[Object]) -> bool:
         for message in messages:
@@ -338,7 +363,18 @@ class Exchange:
         answer, self._name = self._server.result(message), tool_of(message)
         if message["method"] == "initialize":
             return await self._send(dump(answer), more=f"Mcp-Session-Id: {SESSION}\r\n")
+        if words := words_of(message):
+            return await self._say(message, *words)
         return await self._act(answer)
+
+    async def _say(self, message: Object, data: bytes, size: int) -> bool:
+        """Word for word, as a stream of events or as the body that the call wants it to be."""
+        if media := arguments_of(message).get("media"):
+            return await self._send(data, media=media)
+        await self._events(b"")
+        for piece in pieces(data, size):
+            await self._chunk(piece)
+        return await self._end_events()
 
     async def _act(self, answer: Object) -> bool:
         if plain := PLAIN.get(self._name):

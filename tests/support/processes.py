@@ -212,9 +212,9 @@ class Served:
 
 
 @contextmanager
-def ticket_desk(log: Path, *arguments: str) -> Iterator[Served]:
+def ticket_desk(log: Path, *arguments: str, transport: str = "http") -> Iterator[Served]:
     """The ticket desk over HTTP."""
-    with Process(desk(log, "--transport", "http", *arguments)) as process:
+    with Process(desk(log, "--transport", transport, *arguments)) as process:
         yield Served(process, process.wait_for(LISTENING)[1])
 
 

@@ -4,9 +4,10 @@ Whatever reaches it to be done is a line of JSON in its own log, before it is do
 method), the arguments, and the trace that the call belongs to. One tool, `export_all`, is callable
 and never listed; one method, `tickets/purge`, is in no revision of MCP. Both eras are served.
 
-    python -m tests.support.ticket_desk --log FILE [--transport stdio|http] [--port 0]
+    python -m tests.support.ticket_desk --log FILE [--transport stdio|http|sse] [--port 0]
 
-Over HTTP it says `listening on http://127.0.0.1:PORT/mcp` on stderr once clients can come.
+Over HTTP it says `listening on http://127.0.0.1:PORT/mcp` (`/sse` over HTTP+SSE) on stderr once
+clients can come.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import anyio
 import uvicorn
 from mcp.server import MCPServer
+from mcp.server.auth.provider import AccessToken, TokenVerifier
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.context import ServerRequestContext
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
@@ -33,10 +36,13 @@ from mcp.types import (
     Tool,
     ToolAnnotations,
 )
+from pydantic import AnyHttpUrl
+from starlette.applications import Starlette
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 HIDDEN_TOOL = "export_all"
 HIDDEN_METHOD = "tickets/purge"
+TOKEN = "let-me-in"
 LISTED = ["search_tickets", "get_ticket", "create_ticket", "refund_ticket", "delete_ticket"]
 
 
@@ -109,8 +115,9 @@ class Log:
 class TicketServer(MCPServer[Any]):
     """The desk as an MCP server that hides a tool, and logs what is called."""
 
-    def __init__(self, log: Log, hold: Path | None) -> None:
-        super().__init__("ticket-desk", version="1.0", log_level="WARNING")
+    def __init__(self, log: Log, hold: Path | None, resource: str | None) -> None:
+        guard = {} if resource is None else guarded(resource)
+        super().__init__("ticket-desk", version="1.0", log_level="WARNING", **guard)
         self._log, self._hold = log, hold
 
     async def list_tools(self) -> list[Tool]:
@@ -130,9 +137,25 @@ class TicketServer(MCPServer[Any]):
         return await super().call_tool(name, arguments, context)
 
 
-def build(log: Log, hold: Path | None = None) -> TicketServer:
+class OneToken(TokenVerifier):
+    """Knows one token."""
+
+    async def verify_token(self, token: str) -> AccessToken | None:
+        return AccessToken(token=token, client_id="ana", scopes=[]) if token == TOKEN else None
+
+
+def guarded(resource: str) -> dict[str, Any]:
+    """What makes a server ask for `TOKEN`, and say of itself that it is `resource`."""
+    issuer, itself = AnyHttpUrl("https://idp.example"), AnyHttpUrl(resource)
+    settings = AuthSettings(
+        issuer_url=issuer, resource_server_url=itself, validate_token_resource=False
+    )
+    return {"auth": settings, "token_verifier": OneToken()}
+
+
+def build(log: Log, hold: Path | None = None, resource: str | None = None) -> TicketServer:
     """The server, with its tools. While the file `hold` exists, calls are not finished."""
-    desk, server = Desk(), TicketServer(log, hold)
+    desk, server = Desk(), TicketServer(log, hold, resource)
     read = ToolAnnotations(read_only_hint=True, open_world_hint=False)
     change = ToolAnnotations(read_only_hint=False, destructive_hint=False)
     destroy = ToolAnnotations(read_only_hint=False, destructive_hint=True)
@@ -179,19 +202,27 @@ def build(log: Log, hold: Path | None = None) -> TicketServer:
 class _Announcing(uvicorn.Server):
     """Says where it listens as soon as it does."""
 
+    def __init__(self, config: uvicorn.Config, path: str) -> None:
+        super().__init__(config)
+        self._path = path
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for each in sockets or []:
             host, port = each.getsockname()[:2]
-            print(f"listening on http://{host}:{port}/mcp", file=sys.stderr, flush=True)
+            print(f"listening on http://{host}:{port}{self._path}", file=sys.stderr, flush=True)
 
 
 def serve_http(server: TicketServer, port: int, *, json_response: bool) -> None:
     """Serve Streamable HTTP on loopback until SIGTERM."""
-    app = server.streamable_http_app(json_response=json_response)
+    serve(server.streamable_http_app(json_response=json_response), port, "/mcp")
+
+
+def serve(app: Starlette, port: int, path: str) -> None:
+    """Serve an application, whose endpoint is at `path`, on loopback until SIGTERM."""
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, ws="none")
     with socket.create_server(("127.0.0.1", port)) as listener:
-        _Announcing(config).run(sockets=[listener])
+        _Announcing(config, path).run(sockets=[listener])
 
 
 def export_spans(url: str) -> None:
@@ -211,17 +242,20 @@ def export_spans(url: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="ticket_desk")
     parser.add_argument("--log", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--transport", choices=["stdio", "http"], default="stdio")
+    parser.add_argument("--transport", choices=["stdio", "http", "sse"], default="stdio")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--hold", type=Path, metavar="FILE", help="no call ends while it exists")
+    parser.add_argument("--resource", metavar="URL", help="ask for a token, for this resource")
     parser.add_argument("--json", action="store_true", help="answer JSON instead of SSE")
     parser.add_argument("--otlp", metavar="URL", help="export its own spans")
     options = parser.parse_args()
     if options.otlp:
         export_spans(options.otlp)
-    server = build(Log(options.log), options.hold)
+    server = build(Log(options.log), options.hold, options.resource)
     if options.transport == "stdio":
         server.run("stdio")
+    elif options.transport == "sse":
+        serve(server.sse_app(), options.port, "/sse")
     else:
         serve_http(server, options.port, json_response=options.json)
 

@@ -15,6 +15,7 @@ from sidecar.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from sidecar.limits import Load
 from sidecar.policy import identity
 from sidecar.policy.decision import Decision, Reason
 from sidecar.policy.enforcement import Deliver, Drop, Forward, Outcome, Reply, Rules
@@ -472,7 +473,7 @@ async def test_an_answer_before_the_question_was_let_through_is_nobodys() -> Non
 
 
 async def test_too_many_calls_are_refused_and_may_be_tried_again() -> None:
-    stage = Stage(calls_in_flight=2)
+    stage = Stage(load=Load(calls=2))
     await stage.send(call_tool("a", 1))
     await stage.send(call_tool("b", 2))
     error = error_of(await stage.send(call_tool("c", 3)))
@@ -483,7 +484,7 @@ async def test_too_many_calls_are_refused_and_may_be_tried_again() -> None:
 
 
 async def test_a_cancel_passes_also_when_there_are_too_many_calls() -> None:
-    stage = Stage(calls_in_flight=1)
+    stage = Stage(load=Load(calls=1))
     await stage.send(call_tool("a", 1))
     cancel = Notification("notifications/cancelled", {"requestId": 1})
     assert isinstance(await stage.send(cancel), Forward)

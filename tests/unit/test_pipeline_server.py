@@ -249,7 +249,7 @@ async def test_a_question_that_the_server_takes_back_while_it_is_judged_is_over(
     await asyncio.sleep(0)
     await stage.deliver(Notification("notifications/cancelled", {"requestId": "s2"}))
     stage.decider.held["-"].set()
-    await asking
+    assert await asking == Drop()
     assert stage.recorder.ends == [("roots/list", "cancelled")]
     nothing_is_left(stage)
 
@@ -348,12 +348,42 @@ async def test_questions_without_saying_so_are_judged_as_well() -> None:
         {"inputRequests": {"q": WHO}},
         {"resultType": "complete", "inputRequests": {"q": WHO}},
         {"resultType": "complete", "status": "input_required", "inputRequests": {"q": WHO}},
+        {"task": {"taskId": "t1", "inputRequests": {"q": WHO}}},
+        {"inputRequests": [WHERE]},
+        {"inputRequests": "who?"},
     ):
         stage = Stage()
         stage.decider.by_name["form"] = DENIED
         delivery = await stage.exchange(modern("tasks/get", 7, taskId="t1"), result)
         assert isinstance(delivery, Deliver)
         assert delivery.replaced is not None
+
+
+STATE = {"taskId": "t1", "status": "input_required", "inputRequests": {"q": WHO, "r": WHERE}}
+
+
+@pytest.mark.parametrize("params", [STATE, {"task": STATE}], ids=["state", "task"])
+async def test_a_task_that_asks_in_a_notification_is_judged_for_it(params: JsonObject) -> None:
+    news = Notification("notifications/tasks", params)
+    for denied, delivery in ((), Deliver()), (("-",), Drop()), (("form",), Drop()):
+        stage = Stage()
+        stage.conversation.session.protocol_version = None
+        stage.decider.by_name.update(dict.fromkeys(denied, DENIED))
+        assert await stage.deliver(news) == delivery, denied
+        nothing_is_left(stage)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udfff"])
+async def test_a_question_that_the_policy_would_read_otherwise_is_refused(text: str) -> None:
+    params = {"mode": "url", "url": "https://a.example/" + text, "message": "go"}
+    stage = await greeted()
+    answer = told(await stage.deliver(Request("s1", "elicitation/create", params)))
+    assert answer.id == "s1"
+    question = {"method": "elicitation/create", "params": params}
+    delivery = await stage.exchange(CALL, asks(question))
+    assert isinstance(delivery, Deliver)
+    assert isinstance(delivery.replaced, Response)
+    assert delivery.replaced.error is not None
 
 
 async def test_a_method_without_target_may_be_answered_with_anything() -> None:

@@ -27,16 +27,19 @@ EXEMPT: dict[str, str] = {
     "transport/admin.py": "tests/e2e/test_policy_reload.py",
     "transport/answers.py": "tests/e2e/test_bridge_sessions.py",
     "transport/bridge.py": "tests/e2e/test_bridge_http.py",
+    "transport/channel.py": "tests/e2e/test_sse.py",
     "transport/child.py": "tests/e2e/test_stdio.py",
     "transport/hosted.py": "tests/e2e/test_bridge_streams.py",
     "transport/http.py": "tests/e2e/test_http.py",
+    "transport/metadata.py": "tests/e2e/test_metadata.py",
+    "transport/judged.py": "tests/e2e/test_sse.py",
     "transport/peer.py": "tests/e2e/test_stdio.py",
     "transport/pipes.py": "tests/e2e/test_stdio.py",
     "transport/relay.py": "tests/e2e/test_http.py",
     "transport/remote.py": "tests/e2e/test_bridge_stdio.py",
+    "transport/remote_sse.py": "tests/e2e/test_bridge_sse.py",
     "transport/shared.py": "tests/e2e/test_bridge_streams.py",
     "transport/stdio.py": "tests/e2e/test_stdio.py",
-    "transport/upstream.py": "tests/e2e/test_bad_servers.py",
 }
 
 # What no file may name, and why. The words are taken apart: this file is checked too.

@@ -17,6 +17,8 @@ from sidecar.protocol.framing import (
     FrameTooLarge,
     LineDecoder,
     encode_event,
+    encode_line,
+    event_of,
     refuse_raw_returns,
 )
 
@@ -302,3 +304,12 @@ def test_an_event_is_read_as_it_was_written(
 
 def test_an_event_needs_no_other_one_to_be_like() -> None:
     assert encode_event(b"{}") == encode_event(b"{}", Event(b"")) == b"data: {}\n\n"
+
+
+@pytest.mark.parametrize("line", [b"{}", b"\xff\xfe", '{"ü": 1}'.encode()])
+def test_a_line_is_an_event_that_keeps_its_bytes(line: bytes) -> None:
+    event = event_of(line)
+    assert event.raw == encode_line(line, event) == line + b"\n"
+    assert event.data is not None
+    assert event.data.encode("utf-8", "surrogateescape") == line
+    assert (event.id, event.name) == (None, "message")

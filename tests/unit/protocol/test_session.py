@@ -361,7 +361,10 @@ def test_what_a_client_says_of_itself_is_taken_down(claim: Any, client: ClientIn
     assert receive(envelope, client=other).client == (client or other)
 
 
-@pytest.mark.parametrize("version", [None, 1, {}, *sorted(LEGACY_REVISIONS)], ids=repr)
+NO_WORDS = ["", "2026-07-28 ", "2026\r\nX: y", "2026\x00", "\u212a", "x" * 65]
+
+
+@pytest.mark.parametrize("version", [None, 1, {}, *NO_WORDS, *sorted(LEGACY_REVISIONS)], ids=repr)
 def test_an_envelope_names_a_revision_that_has_envelopes(version: Any) -> None:
     message = Request(7, "tools/list", {"_meta": {VERSION_KEY: version}})
     with pytest.raises(MalformedMessage) as refused:

@@ -46,3 +46,11 @@ def test_the_oldest_session_makes_room() -> None:
     sessions.open("new", conversation(), ANA)
     assert sessions.find("old", ANA) is None
     assert sessions.find("new", ANA) is not None
+
+
+def test_whoever_makes_room_is_named_so_that_its_calls_can_end() -> None:
+    sessions, first, second, third = Sessions(1), conversation(), conversation(), conversation()
+    assert sessions.open("a", first, ANA) is None
+    assert sessions.open("a", second, ANA) is first
+    assert sessions.open("b", third, ANA) is second
+    assert list(sessions) == [third]
