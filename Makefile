@@ -1,5 +1,6 @@
 # Everything works from a fresh clone with nothing set up. What it installs is in .venv and in ~/.cache/mcp-opa-sidecar.
-# Variables: PYTHON (interpreter for .venv), OTLP (collector's address, for demo), ARGS (more arguments for pytest, demo, bench).
+# Variables: PYTHON (interpreter for .venv), OTLP (collector's address, for demo), SECONDS (how long to fuzz), ARGS (more
+# arguments for pytest, demo, fuzz, bench).
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ test: export STEPS := 4
 # The path of the OPA to use, installed if need be, as MCP_SIDECAR_OPA_BIN of the commands that follow.
 WITH_OPA = MCP_SIDECAR_OPA_BIN=$$(STEP="[3/$$STEPS]" .ci/install-opa) && export MCP_SIDECAR_OPA_BIN &&
 
-.PHONY: help setup demo check lint types layers policy unit test bench fmt clean moved
+.PHONY: help setup demo check lint types layers policy unit test fuzz bench fmt clean moved
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +46,10 @@ unit: $(READY) ## … the tests that do no I/O
 test: $(READY) ## sets everything up, then runs every test, and says what ran
 	@STEP="[4/$$STEPS]" .ci/install-node-parts >/dev/null || :
 	@$(WITH_OPA) exec $(PY) -m pytest $(ARGS)
+
+SECONDS := 600
+fuzz: $(READY) ## searches longer for bytes that break the readers (SECONDS=600); what it learned stays in ~/.cache/mcp-opa-sidecar
+	@exec $(PY) -m tests.fuzz --seconds $(SECONDS) --corpus "$${MCP_SIDECAR_CACHE:-$$HOME/.cache/mcp-opa-sidecar}/fuzz" $(ARGS)
 
 bench: $(READY) ## calls per second, latency, CPU and memory: direct, pass-through and full path
 	@$(WITH_OPA) exec $(PY) -m tests.bench $(ARGS)

@@ -15,7 +15,6 @@ from sidecar.protocol.framing import LineDecoder
 from sidecar.protocol.jsonrpc import (
     FROM_CLIENT,
     FROM_SERVER,
-    JsonObject,
     Message,
     Notification,
     Request,
@@ -23,57 +22,11 @@ from sidecar.protocol.jsonrpc import (
     decode,
     encode,
 )
-from sidecar.protocol.methods import Direction, Governed, MethodTable
-from sidecar.protocol.session import VERSION_KEY, Session, check_headers
-from tests.support.fakes import DENIED, Stage, modern, plain, tool
+from sidecar.protocol.methods import Direction, Governed
+from sidecar.protocol.session import Session, check_headers
+from tests.support.fakes import DENIED, Stage, plain, tool
+from tests.support.messages import IDS, MESSAGES, TABLE, VALUES
 
-TABLE = MethodTable.of(["acme/reindex"])
-METHODS = st.sampled_from([*sorted(TABLE.rows), "nobody/knows", "$/x"])
-TEXT = st.text(st.characters(codec="utf-8"), max_size=6)
-NAMES = st.sampled_from(["t", "u", "a\nb", "é", "", "rm -rf"])
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | TEXT | st.floats(-1e9, 1e9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=6,
-)
-PARAMS = st.dictionaries(TEXT, VALUES, max_size=2) | st.fixed_dictionaries(
-    {},
-    optional={
-        "name": NAMES | VALUES,
-        "uri": NAMES | VALUES,
-        "taskId": NAMES,
-        "ref": st.fixed_dictionaries({"type": st.just("ref/prompt"), "name": NAMES}) | VALUES,
-        "arguments": st.dictionaries(TEXT, VALUES, max_size=2) | VALUES,
-        "notifications": st.dictionaries(TEXT, st.booleans(), max_size=2) | VALUES,
-        "requestId": st.integers(0, 3) | VALUES,
-        "cursor": VALUES,
-        "Name": VALUES,
-        "_meta": st.fixed_dictionaries(
-            {},
-            optional={
-                VERSION_KEY: st.sampled_from(["2026-07-28", "2025-06-18", "x"]),
-                "traceparent": TEXT,
-                "tracestate": TEXT,
-                "progressToken": VALUES,
-            },
-        )
-        | VALUES,
-    },
-)
-SUBJECTS = st.fixed_dictionaries({"name": NAMES, "uri": NAMES, "taskId": NAMES})
-
-
-def _modern(request_id: int | str, method: str, params: JsonObject) -> Request:
-    return modern(method, request_id, **params)
-
-
-IDS = st.integers(0, 3) | st.sampled_from(["0", "x"])
-MESSAGES: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Request, IDS, METHODS, st.none() | PARAMS),
-    st.builds(_modern, IDS, METHODS, SUBJECTS),
-    st.builds(Notification, METHODS, st.none() | PARAMS),
-    st.builds(Response, IDS, VALUES),
-)
 HEADERS = st.dictionaries(
     st.sampled_from(["mcp-protocol-version", "mcp-method", "mcp-name"]),
     st.sampled_from(["2026-07-28", "2025-06-18", "tools/call", "t", "=?base64?dA==?=", "", "x"]),
