@@ -31,6 +31,7 @@ from mcp.types import (
     SubscribeRequestParams,
     UnsubscribeRequestParams,
 )
+from starlette.applications import Starlette
 
 from tests.conformance import content, questions, rounds
 
@@ -106,19 +107,28 @@ def _add_legacy_requests(server: MCPServer[Any]) -> None:
 class _Announcing(uvicorn.Server):
     """Says where it listens as soon as it does."""
 
+    def __init__(self, config: uvicorn.Config, path: str) -> None:
+        super().__init__(config)
+        self._path = path
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for each in sockets or []:
             host, port = each.getsockname()[:2]
-            print(f"listening on http://{host}:{port}/mcp", file=sys.stderr, flush=True)
+            print(f"listening on http://{host}:{port}{self._path}", file=sys.stderr, flush=True)
 
 
 def serve_http(server: MCPServer[Any], port: int) -> None:
     """Serve Streamable HTTP on loopback until SIGTERM."""
     app = server.streamable_http_app(event_store=Events(), retry_interval=RETRY_MS)
+    serve(app, port, "/mcp")
+
+
+def serve(app: Starlette, port: int, path: str) -> None:
+    """Serve an application, whose endpoint is at `path`, on loopback until SIGTERM."""
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, ws="none")
     with socket.create_server(("127.0.0.1", port)) as listener:
-        _Announcing(config).run(sockets=[listener])
+        _Announcing(config, path).run(sockets=[listener])
 
 
 def main() -> None:
