@@ -10,7 +10,9 @@
     │   ├── MalformedMessage     not JSON-RPC, or JSON that two parsers may read differently
     │   ├── HeaderMismatch       an HTTP header says something else than the body
     │   ├── UnknownMethod        not in the table of methods and not declared
-    │   └── UnsupportedVersion   a revision that is not served here; says which ones are
+    │   ├── UnsupportedVersion   a revision that is not served here; says which ones are
+    │   └── Unauthenticated      a credential is there and refused; its `code` says why
+    ├── KeysUnusable             an issuer's keys could not be fetched or read
     ├── Overloaded               too many calls in flight
     ├── DecisionError            no usable answer: a deny
     │   ├── DecisionUnavailable  OPA not reached, late, or failing: may be tried again
@@ -26,6 +28,25 @@ Any other exception that reaches a transport is a bug, and is answered as `inter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
+
+RefusalCode = Literal[
+    "token_malformed",  # no compact JWS, JSON that two parsers read differently, `crit`, `typ`
+    "token_algorithm",  # `none`, HMAC, not in the issuer's list, or not for the key
+    "token_issuer",  # no `iss`, or nobody that is configured
+    "token_key_unknown",  # the issuer has no key by that id
+    "keys_unavailable",  # the issuer's keys were never had, or for too long not refreshed
+    "token_signature",
+    "token_audience",  # for somebody else
+    "token_expired",
+    "token_not_yet_valid",  # `nbf` or `iat` in the future
+    "token_claims",  # a claim is missing or of the wrong type
+    "token_binding",  # `cnf`: bound to a key, which is not checked here
+    "chain_malformed",  # `act` is not what RFC 8693 says, or names a foreign principal
+    "chain_too_long",
+    "workload_malformed",  # a certificate whose name can not be a workload's
+]
+"""Why a credential is refused."""
 
 
 class SidecarError(Exception):
@@ -120,6 +141,28 @@ class UnknownMethod(ProtocolError):
     code = "unknown_method"
     rpc_code = -32601
     status = 200
+
+
+class Unauthenticated(ProtocolError):
+    """A credential that is there and is no good: never taken for "nobody".
+
+    `code` is one of `RefusalCode`. The message says nothing that the credential says.
+    """
+
+    code = "unauthenticated"
+    rpc_code = -31401
+    status = 401
+    retryable = False
+
+    def __init__(self, code: RefusalCode, message: str) -> None:
+        super().__init__(message, data={"reasons": [{"code": code}], "retryable": False})
+        self.code = code
+
+
+class KeysUnusable(SidecarError):
+    """An issuer's keys could not be fetched, or what came is no key set."""
+
+    code = "keys_unusable"
 
 
 class Overloaded(SidecarError):

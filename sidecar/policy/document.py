@@ -124,7 +124,7 @@ def canary(environment: Environment, actor: Actor) -> JsonObject:
         "target": {"type": "listing", "name": "tools"},
         "listing": {"kind": "tools", "items": []},
         "server": {"name": environment.server},
-        "context": _context(environment),
+        "context": _context(environment, actor),
     }
     return document
 
@@ -139,7 +139,7 @@ def _common(
         "mcp": _mcp(operation, environment),
         "target": {"type": target.type, "name": target.name},
         "server": {"name": environment.server},
-        "context": _context(environment),
+        "context": _context(environment, actor),
     }
 
 
@@ -152,6 +152,11 @@ def _actor(actor: Actor) -> JsonObject:
     }
     if actor.on_behalf_of is not None:
         value["on_behalf_of"] = _principal(actor.on_behalf_of)
+    if actor.token is not None:
+        token = actor.token
+        value["token"] = _present(
+            id=token.id, issued_at=token.issued_at, expires_at=token.expires_at
+        )
     return value
 
 
@@ -181,10 +186,11 @@ def _mcp(operation: Operation, environment: Environment) -> JsonObject:
     )
 
 
-def _context(environment: Environment) -> JsonObject:
+def _context(environment: Environment, actor: Actor) -> JsonObject:
     return _present(
         time=environment.time,
         source_address=environment.source_address,
+        purpose=actor.purpose,
         pod=dict(environment.pod) or None,
         unverified={"headers": {}},
         trace_id=environment.trace_id,

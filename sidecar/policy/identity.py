@@ -5,8 +5,8 @@ at two issuers is two principals. An `Actor` is the chain of principals behind o
 acts, the last is the one it acts for, those between only handed the matter on and are no ground for
 access (RFC 8693 §4.1).
 
-This version knows one source of identity, `static`: the configuration says who is on the other end.
-Everybody else is `unknown`.
+With the source `static` the configuration says who is on the other end; `sidecar.policy.actors`
+makes an actor of verified evidence. Everybody else is `unknown`.
 """
 
 from __future__ import annotations
@@ -44,15 +44,27 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenFacts:
+    """Of a verified token what may be shown: never its text. Times are Unix times."""
+
+    expires_at: float
+    id: str | None = None
+    issued_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Actor:
     """The chain behind an action, the one that acts first; and how sure we are.
 
     `assurance`: 0 nothing, 1 asserted, 2 verified bearer token, 3 proof of possession.
+    `token` is there when one was verified; `purpose` when it names one.
     """
 
     chain: tuple[Principal, ...]
     assurance: Literal[0, 1, 2, 3]
     sources: tuple[str, ...]
+    token: TokenFacts | None = None
+    purpose: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.chain) <= MAX_CHAIN:

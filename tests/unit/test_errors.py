@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import get_args
 
 import pytest
 
@@ -74,6 +75,15 @@ def test_a_revision_that_is_not_served_is_answered_by_those_that_are() -> None:
     error = errors.UnsupportedVersion("2026-07-28", ("2025-11-25",), request_id=7)
     assert (error.rpc_code, error.status, error.request_id) == (-32022, 400, 7)
     assert error.data == {"supported": ["2025-11-25"], "requested": "2026-07-28"}
+
+
+@pytest.mark.parametrize("code", get_args(errors.RefusalCode))
+def test_a_refused_credential_is_a_401_that_says_why(code: errors.RefusalCode) -> None:
+    error = errors.Unauthenticated(code, "no")
+    assert (error.code, error.rpc_code, error.status) == (code, -31401, 401)
+    assert error.data == {"reasons": [{"code": code}], "retryable": False}
+    assert (error.retryable, error.request_id) == (False, None)
+    assert code not in [each.code for each in CLASSES]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from sidecar.policy import document, identity
 from sidecar.policy.document import Environment, Facts, Task, build, build_listing
-from sidecar.policy.identity import Actor, Principal
+from sidecar.policy.identity import Actor, Principal, TokenFacts
 from sidecar.protocol.catalog import Lookup, Tool, digest
 from sidecar.protocol.jsonrpc import JsonObject, Message, Notification, Request, dump_json
 from sidecar.protocol.methods import Direction, Era, Governed, Method, MethodTable
@@ -124,6 +125,21 @@ def test_a_call_is_asked_about_with_all_that_is_known() -> None:
             "trace_id": TRACE_ID,
         },
     }
+
+
+def test_a_verified_token_is_told_of_and_the_purpose_it_names() -> None:
+    evidence = TokenFacts(1_795_344_900, "f81d", 1_795_341_300)
+    actor = replace(BOT_FOR_ANA, token=evidence, purpose="refund-flow")
+    question = ask(receive(modern("tools/call", name="t")), actor)
+    assert question["actor"]["token"] == {
+        "id": "f81d",
+        "issued_at": 1_795_341_300,
+        "expires_at": 1_795_344_900,
+    }
+    assert question["context"]["purpose"] == "refund-flow"
+    least = replace(actor, token=TokenFacts(1_795_344_900))
+    question = ask(receive(modern("tools/call", name="t")), least)
+    assert question["actor"]["token"] == {"expires_at": 1_795_344_900}
 
 
 def test_what_is_not_known_is_an_absent_key() -> None:

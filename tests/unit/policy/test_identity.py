@@ -56,6 +56,11 @@ def test_the_first_acts_and_the_last_is_the_one_it_acts_for() -> None:
     assert static(BOT, ANA).chain == (BOT, ANA)
 
 
+def test_only_verified_evidence_has_a_token_or_a_purpose() -> None:
+    for actor in (static(ANA), UNKNOWN):
+        assert (actor.token, actor.purpose) == (None, None)
+
+
 def test_nobody_is_unknown_and_nothing_vouches_for_it() -> None:
     assert UNKNOWN.principal.type == "unknown"
     assert (UNKNOWN.assurance, UNKNOWN.sources, UNKNOWN.on_behalf_of) == (0, (), None)
