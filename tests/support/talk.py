@@ -435,7 +435,8 @@ class Talk:
             self._may_be_asked(message)
             asked.delivered = True
             return
-        if key is not None and self.asked.get(key) is asked:
+        taken_back = key is not None and self.asked.get(key) is not asked
+        if key is not None and not taken_back:
             del self.asked[key]
         if isinstance(delivery, AnswerServer):
             answer = delivery.permitted.message
@@ -444,7 +445,7 @@ class Talk:
             assert isinstance(message, Request)
             assert key_of(answer.id or 0) == key
         else:
-            assert isinstance(message, Notification)
+            assert isinstance(message, Notification) or taken_back
 
     def _may_be_asked(self, message: Request | Notification) -> None:
         """A question of the server's is let through when the policy, or the table, lets it."""
