@@ -210,6 +210,7 @@ def _heading(kind: str, when: int, call: Call) -> JsonObject:
         "direction": operation.direction.value,
         "method": operation.message.method,
         "targets": [{"type": each.type, "name": each.name} for each in operation.targets],
+        "resource": call.resource,
         "decision": call.verdict,
         "mode": call.mode,
     }

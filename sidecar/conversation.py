@@ -17,11 +17,13 @@ from typing import Any, Literal, Protocol
 from sidecar.errors import DecisionError
 from sidecar.policy import document
 from sidecar.policy.decision import Decision, Mode, Reason
-from sidecar.policy.enforcement import Permitted
+from sidecar.policy.enforcement import Permitted, Refusal
 from sidecar.policy.identity import Actor
 from sidecar.protocol.catalog import Catalog, Lookup, digest
 from sidecar.protocol.jsonrpc import JsonObject, Request, RequestId, Response
+from sidecar.protocol.mapping import fill
 from sidecar.protocol.session import Bounded, Operation, Outstanding, Session, Target
+from sidecar.protocol.validation import Validation
 
 MAX_TASKS = 10_000
 MAX_ROUNDS = 10_000
@@ -29,6 +31,9 @@ MAX_ROUNDS = 10_000
 Verdict = Literal["allow", "deny", "error"]
 End = Literal["success", "tool_error", "denied", "policy_error", "upstream_error", "cancelled"]
 Transport = Literal["stdio", "http"]
+
+Withdraw = Callable[[Response], Awaitable[None]]
+"""Ends a call that is on its way: the client gets this answer, and the server is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,14 @@ class TraceContext:
     state: Any = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """One action from its arrival to its end: what telemetry and audit write down.
 
     Times are nanoseconds since the epoch, 0 for what did not happen. `verdict` is what the policy
     (or the table of methods) said, `outcome` what came of it, set exactly once. `suspended`: its
-    stream is gone, and its answer may come on another one.
+    stream is gone, and its answer may come on another one. `withdrawn`: the policy has taken back
+    what it had allowed; `withdraw` is how the transport that has it on its way ends it.
     """
 
     operation: Operation
@@ -72,10 +78,14 @@ class Call:
     mode: Mode = "enforce"
     reasons: tuple[Reason, ...] = ()
     tool_known: bool | None = None
+    tool_pinned: bool | None = None
+    resource: str | None = None
     outcome: End | None = None
     rpc_error: tuple[int, str] | None = None
     cancelled: bool = False
     suspended: bool = False
+    withdrawn: Refusal | None = None
+    withdraw: Withdraw | None = None
 
     @property
     def request_id(self) -> RequestId | None:
@@ -162,18 +172,30 @@ class Origin:
 
 @dataclass(slots=True)
 class Server:
-    """What is known of one MCP server, across its conversations."""
+    """What is known of one MCP server, across its conversations.
+
+    `resources` are templates by tool; `validation` is None where arguments are not held against
+    schemas; `refresh` is how many seconds the sidecar's own listing of
+    the tools is good for, `due` when the next one is, by the loop's clock.
+    """
 
     name: str
     catalog: Catalog = field(default_factory=Catalog)
+    resources: Mapping[str, str] = field(default_factory=dict)
+    validation: Validation | None = None
+    refresh: float = 300.0
+    due: float | None = None
     tasks: Bounded[str, document.Task] = field(default_factory=lambda: Bounded(MAX_TASKS))
     rounds: Bounded[str, int] = field(default_factory=lambda: Bounded(MAX_ROUNDS))
     learning: asyncio.Task[None] | None = None
 
     def facts(self, operation: Operation, target: Target) -> document.Facts:
         """What is known of a target, for the input document."""
+        tool = self.catalog.look_up(target.name) if target.type == "tool" else Lookup(None)
         return document.Facts(
-            tool=self.catalog.look_up(target.name) if target.type == "tool" else Lookup(None),
+            tool=tool,
+            resource=self._resource(operation, target, tool),
+            arguments_valid=self._valid(operation, tool),
             task=self.tasks.get(target.name) if "task" in (target.type, target.kind) else None,
             round=self._round(operation),
         )
@@ -189,6 +211,18 @@ class Server:
             state = digest(result.get("requestState"))
             self.rounds.remember(state, self._round(operation) or 1)
 
+    def _resource(self, operation: Operation, target: Target, lookup: Lookup) -> str | None:
+        """By the configuration, else by what the server declares."""
+        declared = lookup.tool.mapping if lookup.tool else None
+        template = self.resources.get(target.name, declared) if target.type == "tool" else None
+        return fill(template, operation.params.get("arguments")) if template else None
+
+    def _valid(self, operation: Operation, lookup: Lookup) -> bool | None:
+        if self.validation is None or lookup.tool is None:
+            return None
+        arguments = operation.params.get("arguments", {})
+        return self.validation.valid(lookup.tool.digest, lookup.tool.schema, arguments)
+
     def _round(self, operation: Operation) -> int | None:
         params = operation.params
         if "inputResponses" not in params and "requestState" not in params:
@@ -196,11 +230,12 @@ class Server:
         return self.rounds.get(digest(params.get("requestState")), 1) + 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Conversation:
     """One pipe, HTTP session or stateless POST: its state, its order, and a way to ask its server.
 
-    `lasting` says whether answers may still come when a connection is gone.
+    `lasting` says whether answers may still come when a connection is gone. `end` is how its
+    transport ends it for good; None where there is nothing to be ended but its calls.
     """
 
     session: Session
@@ -212,6 +247,7 @@ class Conversation:
     turn: Turn = field(default_factory=Turn)
     greeted: asyncio.Event = field(default_factory=asyncio.Event)
     discovering: asyncio.Future[bool] | None = None
+    end: Callable[[], None] | None = None
 
 
 Ask = Callable[[Permitted], Awaitable[Response]]

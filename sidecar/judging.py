@@ -66,6 +66,7 @@ class Judge:
             call.actor,
             self._environment(conversation, call),
             tasks=conversation.server.tasks,
+            pins=conversation.server.catalog.pins,
         )
         try:
             decision = await self._query(call, question, self._listing_deadline)
@@ -82,7 +83,8 @@ class Judge:
 
     async def _decide(self, conversation: Conversation, call: Call, target: Target) -> Decision:
         facts = conversation.server.facts(call.operation, target)
-        call.tool_known = facts.tool.known
+        call.tool_known, call.tool_pinned = facts.tool.known, facts.tool.pinned
+        call.resource = facts.resource
         environment = self._environment(conversation, call)
         question = document.build(call.operation, target, call.actor, environment, facts)
         return await self._query(call, question, self._deadline)

@@ -11,7 +11,7 @@ from sidecar import __version__
 
 CONFIG_FAULT = 125
 
-LATER = ("shim", "inject", "uninject", "check-inject", "webhook", "policy", "pin", "audit", "tail")
+LATER = ("shim", "inject", "uninject", "check-inject", "webhook", "policy", "audit", "tail")
 """Commands that have a name and a place, and are not there yet."""
 
 DESCRIPTION = """\
@@ -24,6 +24,7 @@ examples:
   mcp-sidecar http --policy ./policy --listen 127.0.0.1:15801 --upstream http://127.0.0.1:8080/mcp
   mcp-sidecar http --policy ./policy --listen 127.0.0.1:15801 -- python server.py
   mcp-sidecar check --policy ./policy
+  mcp-sidecar pin --upstream http://127.0.0.1:8080/mcp > pins.json
 
 exit codes: 125 configuration or usage, 126 OPA or its policy unusable, else the wrapped command's
 """
@@ -62,9 +63,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     _add_stdio(modes)
     _add_http(modes)
     _add_check(modes)
+    _add_pin(modes)
     _refuse_unknown_command(arguments, parser, tuple(modes.choices))
     options = parser.parse_args(arguments)
     options.command = command
+    if options.mode == "pin" and bool(command) is bool(options.upstream):
+        modes.choices["pin"].error("pin needs one server: --upstream URL, or -- COMMAND")
     return options
 
 
@@ -127,6 +131,22 @@ def _add_check(modes: argparse._SubParsersAction[Parser]) -> None:
         epilog=OPTIONS_EPILOG,
     )
     _add_common(parser)
+
+
+def _add_pin(modes: argparse._SubParsersAction[Parser]) -> None:
+    parser = modes.add_parser(
+        "pin",
+        help="write down a server's tools as they are, or compare them with that",
+        usage="mcp-sidecar pin [OPTIONS] (-- COMMAND [ARG...] | --upstream URL)",
+        description="List the tools of a server and write pins to stdout, for `catalog.pins`: a "
+        "tool that changes later, or is new, is not `pinned`. Nothing is called, no policy asked.",
+        epilog="exit codes: 0 written, or as pinned; 1 not as pinned; 125 could not be listed",
+    )
+    parser.add_argument("--upstream", metavar="URL", help=f"an HTTP server's; {LEGACY}")
+    parser.add_argument(
+        "--check", metavar="FILE", help="say what is not as in this file of pins, and write none"
+    )
+    parser.add_argument("--token-file", metavar="FILE", help="a bearer token for the server at URL")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

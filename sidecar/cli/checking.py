@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from sidecar import __version__
+from sidecar.cli.catalogs import check_pins
 from sidecar.cli.core import own_opa
 from sidecar.errors import PolicyUnusable
 
@@ -19,6 +20,7 @@ async def check(settings: Settings, *, show: bool = True) -> int:
     """Start what there is, ask it one question, and show what would be in force."""
     from sidecar import config
 
+    check_pins(settings)
     revision = await _asked_once(settings)
     if not show:
         return 0

@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse(arguments)
     try:
+        if options.mode == "pin":
+            from sidecar.cli.pinning import pin
+
+            return run(pin(options))
         work: Command = {"stdio": serve_stdio, "http": serve_http, "check": check}[options.mode]
         return run(work(_settings(options)))
     except ConfigError as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 from sidecar.config.readers import (
     SOURCES_LATER,
+    Bad,
     Key,
     Later,
     Record,
@@ -23,8 +25,12 @@ from sidecar.config.readers import (
     one_of,
     text,
 )
-from sidecar.config.settings import Listen, Upstream, UpstreamTransport
+from sidecar.config.settings import Listen, Proxy, Upstream, UpstreamTransport
+from sidecar.policy.actors import TypeRule
 from sidecar.policy.identity import STATIC_ISSUER, Actor, Principal, static
+from sidecar.policy.issuers import Issuer, KeySource
+from sidecar.policy.jwks import ALGORITHMS
+from sidecar.protocol.mapping import TEMPLATE
 
 _ACTOR = "(?s)(human|service|agent):(.+)"
 _PORT = "6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5]?[0-9]{1,4}"
@@ -37,8 +43,14 @@ _principal = partial(Principal, issuer=STATIC_ISSUER)
 _any = text("a text that is not empty", "(?s).+")
 _flag = a_value("true or false", lambda value: isinstance(value, bool))
 _seconds = number(0.01, 60, int, float)
+_lasting = number(0.1, 31_536_000, int, float)
+_header = text("the name of a header, in lower case", "[a-z0-9-]+")
 _url = text("http(s)://HOST[:PORT][/PATH] without credentials, query and fragment", _URL)
 _path = text("an absolute path without '//', '.', '..' and '%'", _PATH)
+
+
+def _file(value: Any) -> Path:
+    return Path(_any(value))
 
 
 def _source(value: Any) -> Any:
@@ -54,7 +66,13 @@ def _upstream_url(value: Any) -> Any:
 
 
 def _upstream(
-    url: str, name: str = "", path: str = "", transport: UpstreamTransport | None = None
+    url: str,
+    *,
+    name: str = "",
+    path: str = "",
+    transport: UpstreamTransport | None = None,
+    token_file: Path | None = None,
+    pins: Path | None = None,
 ) -> Upstream:
     """Where nothing is said, the path is the server's, and `/sse` speaks the oldest transport."""
     legacy = re.search("/sse/?$", url) is not None
@@ -63,6 +81,8 @@ def _upstream(
         path=path or _path(urlsplit(url).path or "/"),
         url=url,
         transport=transport or ("sse" if legacy else "streamable_http"),
+        token_file=token_file,
+        pins=pins,
     )
 
 
@@ -86,11 +106,29 @@ def _actor_in(value: Any) -> Actor:
     return _actor(type=kind, id=name)
 
 
+def _resources(value: Any) -> Mapping[str, str]:
+    template = text("a template such as ticket:{id}", TEMPLATE)
+    return {name: template(each) for name, each in mapping(value).items()}
+
+
+def _issuer(issuer: str, **said: Any) -> Issuer:
+    return Issuer(issuer, keys=said.pop("jwks", KeySource()), **said)
+
+
+def _network(value: Any) -> str:
+    try:
+        return str(ipaddress.ip_network(_any(value)))
+    except ValueError:
+        raise Bad("must be an address, or a network such as 10.1.0.0/16") from None
+
+
 UPSTREAM_KEYS: Mapping[str, Key] = {
     "name": _any,
     "path": _path,
     "url": _upstream_url,
     "transport": one_of("streamable_http", "sse"),
+    "token_file": _file,
+    "pins": _file,
 }
 PRINCIPAL_KEYS: Mapping[str, Key] = {
     "type": one_of("human", "service", "agent"),
@@ -99,17 +137,61 @@ PRINCIPAL_KEYS: Mapping[str, Key] = {
     "scopes": [_any],
     "claims": mapping,
 }
+JWKS_KEYS: Mapping[str, Key] = {
+    **dict.fromkeys(("url", "file", "ca", "bearer"), _any),
+    "insecure": _flag,
+    "timeout": _lasting,
+    "max_size": number(1, 2**24, int),
+    **dict.fromkeys(("max_age", "stale", "interval", "retry"), _lasting),
+}
+_ISSUER_KEYS: Mapping[str, Key] = {
+    "issuer": _any,
+    "audiences": [_any],
+    "jwks": Record(JWKS_KEYS, (), KeySource),
+    "algorithms": [one_of(*ALGORITHMS)],
+    "leeway": number(0, 300, int, float),
+    "claims": [_any],
+    "purpose": _any,
+}
+JWT_KEYS: Mapping[str, Key] = {
+    **_ISSUER_KEYS,
+    "groups": _any,
+    **{name: [_any] for name in ("clients", "agents", "interactive", "actor_issuers")},
+}
+KUBERNETES_KEYS: Mapping[str, Key] = {**_ISSUER_KEYS, "pod_required": _flag}
+TYPE_KEYS: Mapping[str, Key] = {
+    "type": one_of("human", "service", "agent", "unknown"),
+    "source": one_of("mtls", "kubernetes", "jwt", "proxy"),
+    **dict.fromkeys(("issuer", "subject", "claim", "glob"), _any),
+    "equals": a_value(
+        "a text, a whole number, true or false", lambda value: isinstance(value, str | int)
+    ),
+}
+PROXY_KEYS: Mapping[str, Key] = {
+    "name": text("a text without '|'", r"[^|]+"),
+    "peers": [_network],
+    **dict.fromkeys(("id_header", "groups_header"), _header),
+}
+_issued = ("issuer", "audiences")
 ACTOR_KEYS = {**PRINCIPAL_KEYS, "on_behalf_of": Record(PRINCIPAL_KEYS, ("type", "id"), _principal)}
 KEYS: Mapping[str, Key] = {
     "upstreams": [Record(UPSTREAM_KEYS, ("url",), _upstream)],
     "listen": _address(15801),
     "admin": lambda value: None if value == "off" else _address(15820)(value),
-    "policy.dir": lambda value: Path(_any(value)),
+    "policy.dir": _file,
     "policy.opa": text("a URL, or unix:///PATH of a socket", f"{_URL}|unix:///[!-~]*[!-.0-~]"),
     **dict.fromkeys(("policy.deadline", "policy.listing_deadline"), _seconds),
     **dict.fromkeys(("policy.poll", "policy.canary"), _seconds),
     "identity.source": _source,
     "identity.static": Record(ACTOR_KEYS, ("type", "id"), _actor),
+    "identity.jwt": [Record(JWT_KEYS, _issued, _issuer)],
+    "identity.kubernetes": Record(KUBERNETES_KEYS, _issued, partial(_issuer, kind="kubernetes")),
+    "identity.types": [Record(TYPE_KEYS, ("type",), TypeRule)],
+    "identity.proxy": Record(PROXY_KEYS, ("name", "peers"), Proxy),
+    "identity.resource": _url,
+    "identity.scopes": [text("a scope without spaces and quotes", r"[!#-\[\]-~]+")],
+    "identity.token_file": _file,
+    "identity.token_fd": number(3, 2**20, int),
     "enforcement.shadow": one_of("off", "allowed", "all"),
     "enforcement.disclose": one_of("full", "codes"),
     "enforcement.denial": one_of("error", "result"),
@@ -125,6 +207,10 @@ KEYS: Mapping[str, Key] = {
     "limits.response": number(0.1, 86_400, int, float, type(None)),
     "limits.drain": number(0, 600, int, float),
     "limits.catalog": number(0, 60, int, float),
+    "catalog.pins": _file,
+    "catalog.validate": _flag,
+    "catalog.refresh": number(0.1, 86_400, int, float),
+    "resources": _resources,
     "protocol.big_integers": one_of("refuse", "pass"),
     "protocol.methods": [text("a method name", r"\S+")],
     "http.hosts": [text("a name in lower case, no port", r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")],
@@ -136,7 +222,7 @@ KEYS: Mapping[str, Key] = {
     "telemetry.ratio": number(0, 1, int, float),
     **dict.fromkeys(("server.name", "policy.binary", "telemetry.service_name", "audit.path"), _any),
     **dict.fromkeys(("identity.static_for_all", "bridge.shared", "audit.sync"), _flag),
-    "http.forward_authorization": _flag,
+    **dict.fromkeys(("identity.required", "http.forward_authorization"), _flag),
     **dict.fromkeys(("pod.name", "pod.namespace", "pod.service_account"), _any),
     "log.format": one_of("text", "json"),
     "log.level": one_of("debug", "info", "warning", "error"),
@@ -179,8 +265,14 @@ FOREIGN: Mapping[str, str] = {
     "OTEL_TRACES_SAMPLER_ARG": "otel.ratio",
     "OTEL_SDK_DISABLED": "otel.disabled",
 }
+
+
+def _is_scalar(path: str) -> bool:
+    return callable(KEYS[path]) and path != "resources"
+
+
 VARIABLES: Mapping[str, str] = {
-    **{PREFIX + path.replace(".", "__").upper(): path for path in KEYS if callable(KEYS[path])},
+    **{PREFIX + path.replace(".", "__").upper(): path for path in KEYS if _is_scalar(path)},
     **{PREFIX + flag.upper(): path for flag, path in FLAGS.items()},
     PREFIX + "OPA_BIN": "policy.binary",
     PREFIX + "CACHE": "cache",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sidecar.config.readers import Bad, Later, Problems, mapping
 from sidecar.config.settings import (
     Audit,
     Bridge,
+    Catalog,
     Enforcement,
     Http,
     Identity,
@@ -34,7 +35,10 @@ from sidecar.config.settings import (
 )
 from sidecar.errors import ConfigError, NotSupported
 from sidecar.policy.identity import UNKNOWN
+from sidecar.policy.issuers import Issuer
 
+_VERIFIED = tuple(f"identity.{name}" for name in ("jwt", "kubernetes", "proxy", "required"))
+_PIPED = ("identity.token_file", "identity.token_fd")
 _TWO = "two servers: -- COMMAND, and --upstream URL"
 _ALONE = "listen on 127.0.0.1, or set identity.static_for_all"
 # Kubernetes sets these in every pod beside a Service whose name begins with `mcp-sidecar`.
@@ -149,6 +153,7 @@ def _disagreements(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]
         (source == "static" and not acting, "identity.static (or --actor TYPE:ID) is needed"),
         (not acting and "identity.static" in given, "identity.static: but identity.source is none"),
         (acting and not alone, f"listen: {listen} makes everybody the static actor; {_ALONE}"),
+        *_credentials(mode, said, acting=acting),
         (mode == "stdio" and not served, "no server: stdio needs -- COMMAND, or --upstream URL"),
         (mode == "stdio" and len(servers) > 1 and not command, "upstreams: stdio takes one"),
         (mode == "http" and not served, "no server: http needs --upstream URL, or -- COMMAND"),
@@ -156,8 +161,33 @@ def _disagreements(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]
         (mode == "http" and "listen" not in given, "no address: http needs --listen HOST:PORT"),
         (len({each.name for each in servers}) < len(servers), "upstreams: two have the same name"),
         (len({each.path for each in servers}) < len(servers), "upstreams: two have the same path"),
+        (len(servers) > 1 and "catalog.pins" in given, "catalog.pins: say it of each upstream"),
     )
     yield from (Bad(what) for wrong, what in rules if wrong)
+
+
+def _credentials(
+    mode: Mode, said: Mapping[str, Any], *, acting: bool
+) -> Iterator[tuple[object, str]]:
+    """What is wrong with the sources of identity taken together."""
+    names, piped = [each.name for each in _issuers(said)], [each for each in _PIPED if each in said]
+    for path in (*_VERIFIED, *_PIPED):
+        yield acting and path in said, f"{path}: there is a static actor, and it excludes the rest"
+    yield len({*names}) < len(names), "identity: an issuer is configured twice"
+    yield len(piped) > 1, "identity.token_file and identity.token_fd exclude each other"
+    yield mode == "http" and piped, f"{', '.join(piped)}: for stdio; with http, clients send tokens"
+    stdio = mode == "stdio" and not acting
+    yield stdio and piped and not names, f"{', '.join(piped)}: no issuer is configured"
+    yield (
+        stdio and names and not piped,
+        "identity: stdio needs token_file or token_fd to have a token that can be verified",
+    )
+
+
+def _issuers(said: Mapping[str, Any]) -> tuple[Issuer, ...]:
+    cluster = said.get("identity.kubernetes")
+    found = (*(said.get("identity.jwt") or ()), *((cluster,) if cluster else ()))
+    return tuple(each for each in found if each)
 
 
 def _upstreams(said: Mapping[str, Any]) -> tuple[Upstream, ...]:
@@ -172,9 +202,11 @@ def _build(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Set
 
     identity, log, opa = group("identity."), group("log."), group("policy.")
     actor = said.get("actor") or identity.get("static", UNKNOWN)
+    known = {each.name for each in fields(Identity)}
+    more = {name: value for name, value in identity.items() if name in known}
     cache = said.get("cache") or said.get("home", "/nonexistent") + "/.cache/mcp-opa-sidecar"
     admin = None if mode == "stdio" else Listen("127.0.0.1", 15820)
-    plain: tuple[Any, ...] = (Enforcement, Limits, Protocol, Http, Bridge, Audit, Pod)
+    plain: tuple[Any, ...] = (Enforcement, Limits, Catalog, Protocol, Http, Bridge, Audit, Pod)
     return Settings(
         mode=mode,
         command=command,
@@ -182,9 +214,10 @@ def _build(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Set
         upstreams=() if mode == "stdio" and command else _upstreams(said),
         server_name=said.get("server.name") or (Path(command[0]).name if command else "server"),
         opa=Opa(opa.pop("dir", None), opa.pop("opa", None), tools=Path(cache, "bin"), **opa),
-        identity=Identity(actor, identity.get("static_for_all", False)),
+        identity=Identity(actor, issuers=_issuers(said), **more),
         telemetry=_telemetry(group("telemetry."), group("otel.")),
         admin=said.get("admin", admin),
+        resources=said.get("resources", {}),
         log_format=log.get("format"),
         log_level=log.get("level", "info"),
         **{kind.__name__.lower(): kind(**group(f"{kind.__name__.lower()}.")) for kind in plain},

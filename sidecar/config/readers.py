@@ -61,7 +61,12 @@ class Record:
             else:
                 problems.unknown(f"{where}.{name}", name, self.keys)
         problems += [(where, Bad(f"needs the key {n!r}")) for n in self.required if n not in value]
-        return self.make(**seen) if len(problems) == before else None
+        if len(problems) > before:
+            return None
+        try:
+            return self.make(**seen)
+        except ValueError as error:
+            raise Bad(str(error)) from None
 
 
 Key = Callable[[Any], Any] | Record | list[Any]  # a list of one: each item is read so
@@ -106,7 +111,7 @@ items_of = a_value(
 )
 mapping = a_value("a mapping", lambda value: isinstance(value, dict))
 
-SOURCES_LATER = ("jwt", "kubernetes", "mtls", "proxy_headers", "token_file")
+SOURCES_LATER = ("mtls",)
 LATER: Mapping[str, Bad] = {
     f"identity.{name}": Later(f"{name!r}", "static, none") for name in SOURCES_LATER
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sidecar.policy.actors import TypeRule
 from sidecar.policy.identity import UNKNOWN, Actor
+from sidecar.policy.issuers import Issuer
 
 Mode = Literal["stdio", "http", "check"]
 UpstreamTransport = Literal["streamable_http", "sse"]
@@ -40,6 +43,8 @@ class Upstream:
     path: str  # where the sidecar serves it; default: the path of `url`
     url: str  # http(s)://HOST[:PORT]/PATH of the server's endpoint
     transport: UpstreamTransport = "streamable_http"  # default: `sse` where the path ends in /sse
+    token_file: Path | None = None  # bearer token for the server, read again when it changes
+    pins: Path | None = None  # its `catalog.pins`, where there are several
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +62,34 @@ class Opa:
 
 
 @dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy that says in headers for whom it speaks. Nobody else's headers are believed."""
+
+    name: str  # the issuer of the principals that it names
+    peers: tuple[str, ...]  # its addresses, as networks: 10.1.0.0/16, ::1
+    id_header: str = "x-forwarded-user"  # who it is
+    groups_header: str | None = None  # the groups, with commas between them
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """Who is on the other end."""
 
     actor: Actor = UNKNOWN  # the static actor; unknown, so that policy says no, unless configured
     static_for_all: bool = False  # accept the static actor on an address that others can reach
+    issuers: tuple[Issuer, ...] = ()  # whose tokens are believed
+    types: tuple[TypeRule, ...] = ()  # what principals are; the first that fits, else the defaults
+    proxy: Proxy | None = None
+    required: bool | None = None  # refuse who shows nothing; None: as soon as tokens are verified
+    resource: str | None = None  # http: the URL that clients dial, without paths if they are many
+    scopes: tuple[str, ...] = ()  # http: what the metadata and challenges tell clients to ask for
+    token_file: Path | None = None  # stdio: the client's token, read again when it changes
+    token_fd: int | None = None  # stdio: the same from an inherited descriptor, a token a line
+
+    @property
+    def demanded(self) -> bool:
+        """Whether who shows no credential is refused."""
+        return bool(self.issuers) if self.required is None else self.required
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +120,15 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Catalog:
+    """What is known of the servers' tools."""
+
+    pins: Path | None = None  # what `mcp-sidecar pin` wrote of the one server; re-read when changed
+    validate: bool = False  # hold arguments against the tools' schemas: `tool.arguments_valid`
+    refresh: float = 300.0  # seconds until the tools are listed again, beside a call
+
+
+@dataclass(frozen=True, slots=True)
 class Protocol:
     """Where MCP leaves room."""
 
@@ -105,7 +142,7 @@ class Http:
 
     hosts: tuple[str, ...] = ()  # Host names, lower case; (): loopback's on loopback, else any
     origins: tuple[str, ...] = ()  # Origins, lower case, besides loopback's on a loopback listen
-    forward_authorization: bool = True  # to the upstream; right while the sidecar verifies no token
+    forward_authorization: bool | None = None  # to the upstream; None: unless it is verified here
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +194,8 @@ class Settings:
     identity: Identity = Identity()
     enforcement: Enforcement = Enforcement()
     limits: Limits = Limits()
+    catalog: Catalog = Catalog()
+    resources: Mapping[str, str] = field(default_factory=dict)  # what a tool acts on: a template
     protocol: Protocol = Protocol()
     http: Http = Http()
     bridge: Bridge = Bridge()

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from sidecar.policy.identity import Actor, Principal
-from sidecar.protocol.catalog import Lookup, digest
+from sidecar.protocol.catalog import Lookup, digest, is_pinned
 from sidecar.protocol.jsonrpc import JsonObject
 from sidecar.protocol.methods import Listing
 from sidecar.protocol.session import Operation, Target
@@ -57,10 +57,15 @@ NOTHING_KNOWN = Lookup(None)
 class Facts:
     """What the sidecar itself knows about the target.
 
-    `round` is the number of the round of a multi-round request, from 2 on; None for a plain one.
+    `resource` is what a tool acts on, where that is mapped and its arguments say it.
+    `arguments_valid` is whether they are what its schema says, None where that is not asked, or
+    can't be told. `round` is the number of the round of a multi-round request, from 2 on; None for
+    a plain one.
     """
 
     tool: Lookup = NOTHING_KNOWN
+    resource: str | None = None
+    arguments_valid: bool | None = None
     task: Task | None = None
     round: int | None = None
 
@@ -99,10 +104,11 @@ def build_listing(
     environment: Environment,
     *,
     tasks: Mapping[str, Task],
+    pins: Mapping[str, str] | None = None,
 ) -> JsonObject:
     """The input document for one page of a listing's answer; `tasks` are those remembered."""
     document = _common(operation, Target("listing", listing.kind), actor, environment)
-    slim = [_slim(listing, each, tasks) for each in items]
+    slim = [_slim(listing, each, tasks, pins) for each in items]
     document["listing"] = {"kind": listing.kind, "items": slim}
     return document
 
@@ -212,6 +218,9 @@ def _tool(operation: Operation, target: Target, facts: Facts) -> JsonObject:
         annotations=dict(lookup.tool.annotations) if lookup.tool else {},
         known=lookup.known,
         digest=lookup.tool.digest if lookup.tool else None,
+        pinned=lookup.pinned,
+        resource=facts.resource,
+        arguments_valid=facts.arguments_valid,
         task=task if isinstance(task, dict) else None,
     )
 
@@ -322,19 +331,22 @@ _OBJECTS: Mapping[str, Callable[[Operation, Target, Facts], JsonObject]] = {
 }
 
 
-def _slim(listing: Listing, item: JsonObject, tasks: Mapping[str, Task]) -> JsonObject:
+def _slim(
+    listing: Listing, item: JsonObject, tasks: Mapping[str, Task], pins: Mapping[str, str] | None
+) -> JsonObject:
     name = item_name(listing, item) or ""
     target = {"type": listing.item_target, "name": name}
     if listing.kind == "tasks":
         return {"target": target, "task": _known_task(name, tasks.get(name))}
     if listing.kind != "tools":
         return {"target": target}
-    annotations = item.get("annotations")
-    return {
-        "target": target,
-        "annotations": annotations if isinstance(annotations, dict) else {},
-        "digest": digest(item),
-    }
+    annotations, definition = item.get("annotations"), digest(item)
+    return _present(
+        target=target,
+        annotations=annotations if isinstance(annotations, dict) else {},
+        digest=definition,
+        pinned=is_pinned(pins, name, definition),
+    )
 
 
 def item_name(listing: Listing, item: JsonObject) -> str | None:

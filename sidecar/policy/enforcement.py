@@ -5,7 +5,7 @@ Nothing reaches a server but a `Permitted`, and this module is its only maker, i
 * `by_decision`: the policy allowed it, and every obligation can be met;
 * `by_table`: the table of methods lets it pass (negotiation that is not revoked, listings whose
   answer is judged, answers to outstanding questions, pings, cancels, our own refusals);
-* `for_catalog`: the sidecar's own listing.
+* `for_catalog`: the sidecar's own listing, and what has to come before it.
 
 A `Permitted` goes on as it was judged, or `readdressed` where clients share a server; `taken_back`
 is the cancel of one whose client is gone. Everything else is a `Refusal`.
@@ -41,6 +41,9 @@ LISTING_TTL_MS = 2000
 """The longest that a client may keep a filtered list: a policy edit is in force within as much."""
 
 TRACE_CONTEXT = frozenset({"traceparent", "tracestate", "baggage"})
+
+LEARNING = frozenset({"server/discover", "initialize", "notifications/initialized", "tools/list"})
+"""What the sidecar says as a client of its own."""
 
 _MINT: Final = object()
 
@@ -179,11 +182,11 @@ def answer_to_server(response: Response, question: Operation) -> Permitted:
     return Permitted(response, mint=_MINT)
 
 
-def for_catalog(request: Request) -> Permitted:
-    """The sidecar's own listing, which no client sees."""
-    if request.method != "tools/list":
+def for_catalog(message: Request | Notification) -> Permitted:
+    """The sidecar's own listing, which no client sees, and its own greeting before it."""
+    if message.method not in LEARNING:
         raise ValueError("the catalog is learned by tools/list alone")
-    return Permitted(request, mint=_MINT)
+    return Permitted(message, mint=_MINT)
 
 
 def readdressed(permitted: Permitted, request_id: RequestId) -> Permitted:

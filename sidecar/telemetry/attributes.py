@@ -160,6 +160,8 @@ def _chain(call: Call) -> tuple[str, ...]:
 
 
 def _resource(call: Call) -> str | None:
+    if call.resource is not None:
+        return call.resource
     names = [f"{each.type}:{each.name}" for each in call.operation.targets[:MAX_ITEMS]]
     return ",".join(names) or None
 
@@ -206,7 +208,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("authz.reasons", _P, lambda call: tuple(r.code for r in call.reasons), "all codes"),
     Attribute("authz.rule", _S | _P, _decided("rule"), "which rule decided"),
     Attribute("authz.owner", _S | _P, _decided("owner"), "who answers for it"),
-    Attribute("authz.resource", _S | _P, _resource, "type:name of the target, of several with ,"),
+    Attribute("authz.resource", _S | _P, _resource, "as mapped, else the targets as type:name,…"),
+    Attribute("authz.pinned", _S | _P, lambda call: call.tool_pinned, "as pinned; with pins"),
     Attribute("authz.decision_id", _S | _P, lambda call: call.decision_id, "the sidecar's own"),
     Attribute("authz.policy_revision", _S | _P, _decided("revision"), "of the policy that decided"),
 )

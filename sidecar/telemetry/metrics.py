@@ -90,6 +90,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("authz.spans.dropped", "observed counter", "{span}", "Spans that no collector took"),
     Metric("authz.calls.active", "observed gauge", "{call}", "Calls in flight"),
+    Metric(
+        "authz.arguments.unchecked",
+        "observed counter",
+        "{call}",
+        "Calls whose arguments could not be held against the tool's schema",
+    ),
+    Metric("authz.tools.unpinned", "observed gauge", "{tool}", "Listed tools that are not pinned"),
 )
 
 _BY_NAME = {each.name: each for each in METRICS}

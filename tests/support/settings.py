@@ -26,17 +26,33 @@ HTTP = {"listen": "127.0.0.1:0", "upstream": "http://tickets:9000/mcp"}
 # One value per key that is not its default: each has to change the settings.
 GROUPS: Mapping[str, Any] = yaml.safe_load("""
     server: {name: tickets}
-    upstreams: [{name: a, path: /a, url: 'http://a:1/mcp', transport: sse}, {url: 'https://b/mcp'}]
+    upstreams: [{name: a, path: /a, url: 'http://a:1/mcp', transport: sse},
+      {url: 'https://b/mcp', token_file: /run/b, pins: /etc/b.json}]
     listen: 127.0.0.1:8080
     admin: 'off'
     policy: {dir: other, opa: 'unix:///run/mcp-opa/opa.sock', binary: /opt/opa, deadline: 0.25,
       listing_deadline: 1, poll: 0.1, canary: 5}
-    identity: {source: none, static_for_all: true, static: {type: agent, id: bot, groups: [bots],
+    identity: {required: false, resource: 'https://tickets.example/mcp', scopes: ['tickets:read'],
+      jwt: [{issuer: 'https://idp.example', audiences: [desk], algorithms: [ES256], leeway: 5,
+          jwks: {url: 'https://idp.example/keys', ca: /ca.pem, bearer: /token, insecure: true,
+            timeout: 1, max_size: 1024, max_age: 60, stale: 600, interval: 2, retry: 1},
+          groups: roles, claims: [team], purpose: intent, clients: [cid], agents: [bot],
+          interactive: [web], actor_issuers: ['https://partner.example']}],
+      kubernetes: {issuer: 'https://kubernetes.default.svc', audiences: [desk], pod_required: true,
+        jwks: {file: /keys.json}},
+      types: [{type: agent, source: jwt, issuer: 'https://**', subject: 'bot-*', claim: kind,
+          equals: bot}, {type: service, claim: tier, glob: 's*'}],
+      proxy: {name: edge, peers: ['10.1.0.0/16', '::1'], id_header: x-user,
+        groups_header: x-groups},
+      token_file: /run/token, token_fd: 7, source: none, static_for_all: true,
+      static: {type: agent, id: bot, groups: [bots],
       scopes: ['a:b'], claims: {team: [1]}, on_behalf_of: {type: human, id: ann}}}
     enforcement: {shadow: allowed, disclose: codes, denial: result}
     limits: {client_message: 2048, server_message: 4096, nesting: 32, calls_in_flight: 7,
       calls_per_actor: 5, streams: 6,
       sessions: 8, children: 9, connect: 1.5, response: 30, drain: 0, catalog: 1}
+    catalog: {pins: /etc/pins.json, refresh: 60, validate: true}
+    resources: {refund_ticket: 'ticket:{id}', pay: 'account:{from.id}'}
     protocol: {big_integers: pass, methods: [vendor/ping]}
     http: {hosts: [tickets.example, '[::1]'], forward_authorization: false,
       origins: ['https://app.example:8443', 'vscode-webview://abc']}
@@ -50,8 +66,12 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
 EXAMPLES: Mapping[str, Any] = {
     f"{group}.{key}" if key else group: value
     for group, said in GROUPS.items()
-    for key, value in (said.items() if isinstance(said, dict) else [("", said)])
+    for key, value in (
+        said.items() if isinstance(said, dict) and group not in KEYS else [("", said)]
+    )
 }
+# What a static actor excludes.
+VERIFIED = ("jwt", "kubernetes", "proxy", "required", "token_file", "token_fd")
 # Values that are right for some key, and wrong for most.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 0.5, 64, 128.5, 10**12, "", " ", "x", "0", "off", "none", "all"),
@@ -166,7 +186,8 @@ def accepted(document: Mapping[str, Any]) -> bool:
     """Whether `load` takes it, with all that the schema can not ask for given by flags."""
     policy = document.get("policy")
     flags = alone(*(f"policy.{key}" for key in (policy if isinstance(policy, dict) else ())))
-    if "identity" in document:
+    identity = document.get("identity")
+    if identity is not None and not (isinstance(identity, dict) and {*VERIFIED} & {*identity}):
         flags["actor"] = "agent:x"
     try:
         load(document, mode="check", **flags)

@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,13 @@ def recorder(path: Path) -> Iterator[Audit]:
     record = Audit.open(Settings(str(path)), stream=2)
     yield record
     record.close()
+
+
+def test_both_records_say_what_is_acted_on(recorder: Audit, path: Path) -> None:
+    call = replace(calls.allowed(TRACE), resource="ticket:4711")
+    recorder.decided(call)
+    recorder.finished(call)
+    assert [each["resource"] for each in records(path)] == ["ticket:4711"] * 2
 
 
 def test_an_allowed_call_has_a_decision_and_an_outcome(recorder: Audit, path: Path) -> None:

@@ -182,6 +182,19 @@ def test_a_tool_is_looked_up_and_nothing_else_is() -> None:
     assert facts(server, Request(1, "prompts/get", {"name": "t"})) == Facts()
 
 
+def test_what_a_call_acts_on_is_said_by_the_configuration_then_by_the_server() -> None:
+    server = Server("tickets", resources={"t": "ticket:{id}", "p": "prompt:{id}"})
+    declared = {"evaluation": {"resource": {"type": "t", "id": "$params.arguments.id"}}}
+    listed = [tool(name, inputSchema={"x-authzen-mapping": declared}) for name in ("t", "u")]
+    server.catalog.observe(None, map(read_tool, listed), None)
+    assert facts(server, call_tool("t", id=4711)).resource == "ticket:4711"
+    assert facts(server, call_tool("u", id=4711)).resource == "t:4711"
+    assert facts(server, call_tool("t", number=4711)).resource is None
+    assert facts(server, call_tool("v", id=4711)).resource is None
+    prompt = Request(1, "prompts/get", {"name": "p", "arguments": {"id": "1"}})
+    assert facts(server, prompt).resource is None
+
+
 @pytest.mark.parametrize(
     ("result", "made"),
     [

@@ -12,7 +12,7 @@ from sidecar.conversation import Conversation, Server
 from sidecar.errors import MalformedMessage, UpstreamError
 from sidecar.learning import learn, observe
 from sidecar.policy.enforcement import Permitted
-from sidecar.protocol.catalog import MAX_PAGES, Catalog
+from sidecar.protocol.catalog import MAX_PAGES, Catalog, read_tool
 from sidecar.protocol.jsonrpc import Message, Notification, Request, Response
 from sidecar.protocol.methods import MODERN_REVISION, Direction, MethodTable
 from sidecar.protocol.session import (
@@ -129,6 +129,82 @@ async def test_one_that_goes_away_takes_the_listing_from_nobody() -> None:
         server.held.set()
     assert second.result() is True
     assert first.cancelled()
+
+
+# ── Again ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def due(talk: Conversation) -> None:
+    talk.server.due = 0.0
+
+
+async def test_a_call_has_the_tools_listed_again_and_does_not_wait() -> None:
+    server, talk = MemoryServer([[tool("t")]]), conversation()
+    await learn_for(talk, LEGACY, server)
+    before = talk.server.catalog.look_up("t")
+    server.pages, server.held = [[tool("t", description="Other.")]], asyncio.Event()
+    due(talk)
+    await learn_for(talk, LEGACY, server)
+    assert talk.server.catalog.look_up("t") == before
+    server.held.set()
+    assert talk.server.learning is not None
+    await talk.server.learning
+    assert talk.server.catalog.look_up("t") != before
+    assert len(server.asked) == 2
+
+
+async def test_they_are_listed_again_once_in_a_while_and_first_a_while_after_the_first_call() -> (
+    None
+):
+    server, talk = MemoryServer([[tool("t")]]), conversation()
+    talk.server.catalog.observe(None, [read_tool(tool("t"))], None)
+    await learn_for(talk, LEGACY, server)
+    assert (server.asked, talk.server.learning) == ([], None)
+    due(talk)
+    server.held = asyncio.Event()
+    for _ in range(3):
+        await learn_for(talk, LEGACY, server)
+        await asyncio.sleep(0)
+        assert len(server.asked) == 1
+        due(talk)
+    server.held.set()
+    assert talk.server.learning is not None
+    await talk.server.learning
+
+
+async def test_what_fails_is_tried_again_later_and_changes_nothing() -> None:
+    server, talk = MemoryServer([[tool("t")]]), conversation()
+    await learn_for(talk, LEGACY, server)
+    server.error = UpstreamError("gone", sent=False)
+    due(talk)
+    await learn_for(talk, LEGACY, server)
+    assert talk.server.learning is not None
+    await talk.server.learning
+    assert await learn_for(talk, LEGACY, server) is True
+    assert len(server.asked) == 2
+
+
+async def test_a_server_that_is_not_greeted_yet_is_not_asked_again() -> None:
+    server, talk = MemoryServer([[tool("t")]]), conversation(protocol_version="2025-11-25")
+    talk.server.catalog.observe(None, [read_tool(tool("t"))], None)
+    due(talk)
+    await learn_for(talk, LEGACY, server)
+    assert talk.server.learning is None
+    talk.greeted.set()
+    await learn_for(talk, LEGACY, server)
+    assert talk.server.learning is not None
+
+
+@pytest.mark.parametrize("answered", [None, False, True])
+async def test_a_server_that_may_not_know_the_era_is_not_asked_again(answered: bool | None) -> None:
+    server, talk = MemoryServer([[tool("t")]]), conversation()
+    talk.server.catalog.observe(None, [read_tool(tool("t"))], None)
+    talk.discovering = asyncio.get_running_loop().create_future()
+    if answered is not None:
+        talk.discovering.set_result(answered)
+    due(talk)
+    await learn_for(talk, MODERN, server)
+    assert (talk.server.learning is not None) is (answered is True)
 
 
 # ── When it may ask ───────────────────────────────────────────────────────────────────────────────

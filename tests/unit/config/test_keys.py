@@ -53,7 +53,9 @@ def test_the_table_and_the_schema_agree_on_each_value(path: str) -> None:
         assert accepted(document) == validator().is_valid(document), document
 
 
-@pytest.mark.parametrize(("path", "rule"), [(p, r) for p, r in rules() if "minimum" in r])
+@pytest.mark.parametrize(
+    ("path", "rule"), [(p, r) for p, r in rules() if "minimum" in r and p in KEYS]
+)
 def test_bounds_belong_to_the_range(path: str, rule: Mapping[str, Any]) -> None:
     low, high = rule["minimum"], rule["maximum"]
     for value, good in ((low, True), (high, True), (low - 0.001, False), (high + 1, False)):

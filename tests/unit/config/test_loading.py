@@ -202,7 +202,10 @@ def test_an_actor_by_flag_acts_for_itself_whatever_the_file_says() -> None:
         polcy: {} -> polcy: is not known; did you mean 'policy'?
         policy: {deadlin: 1} -> policy.deadlin: is not known; did you mean 'policy.deadline'?
         shadow: all -> shadow: is not known; did you mean 'enforcement.shadow'?
-        catalog: {validate: true} -> catalog: is not known; did you mean 'limits.catalog'?
+        catalog: {pin: a} -> catalog.pin: is not known; did you mean 'catalog.pins'?
+        catalog: {refresh: 0} -> catalog.refresh: must be a number from 0.1 to 86400, not 0
+        resources: [a] -> resources: must be a mapping, not ["a"]
+        resources: {t: 'a b'} -> resources: must be a template such as ticket:{id}, not "a b"
         zzz: 1 -> zzz: is not known
         limits: 5 -> limits: must be a mapping, not 5
         limits: -> limits: must be a mapping, not null
@@ -329,8 +332,7 @@ def test_every_problem_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("document", "flags", "words"),
     [
-        ("identity: {source: jwt}", {}, "identity.source: the source 'jwt'"),
-        ("identity: {jwt: {issuer: x}}", {}, "identity.jwt: 'jwt'"),
+        ("identity: {source: mtls}", {}, "identity.source: the source 'mtls'"),
         ("identity: {mtls: {}}", {}, "identity.mtls: 'mtls'"),
         ("", {"mode": "http", "upstream": "unix-stdio:///s"}, "--upstream: unix-stdio://"),
     ],

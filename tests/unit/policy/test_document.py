@@ -474,8 +474,12 @@ PARAMS = st.fixed_dictionaries(
 FACTS = st.builds(
     Facts,
     tool=st.builds(
-        Lookup, st.none() | st.booleans(), st.none() | st.builds(Tool, TEXT, OBJECTS, TEXT)
+        Lookup,
+        st.none() | st.booleans(),
+        st.none() | st.builds(Tool, TEXT, OBJECTS, TEXT),
+        st.none() | st.booleans(),
     ),
+    resource=st.none() | TEXT,
     task=st.none() | st.builds(Task, TEXT, st.lists(TEXT, max_size=2).map(tuple)),
     round=st.none() | st.integers(2, 9),
 )

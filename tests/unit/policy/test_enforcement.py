@@ -145,8 +145,9 @@ def test_what_is_taken_back_is_what_was_sent() -> None:
 
 
 def test_the_sidecar_itself_asks_for_listings_of_tools_only() -> None:
-    with pytest.raises(ValueError, match="tools/list"):
-        for_catalog(call_tool("t"))
+    for message in (call_tool("t"), Notification("notifications/cancelled"), Request(1, "ping")):
+        with pytest.raises(ValueError, match="tools/list"):
+            for_catalog(message)
 
 
 # ── Whether a decision stands in the way ──────────────────────────────────────────────────────────

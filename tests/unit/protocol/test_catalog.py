@@ -126,6 +126,61 @@ def test_a_cursor_is_followed_once() -> None:
     assert known(catalog, "abc") == [True, True, False]
 
 
+def test_a_definition_on_any_page_is_in_force_at_once() -> None:
+    catalog = Catalog()
+    catalog.observe(None, tools("ab"), None)
+    for cursor, page, more, mark in ((None, "a", "1", "!"), ("7", "b", None, "?")):
+        catalog.observe(cursor, tools(page, mark), more)
+        assert catalog.look_up(page).tool == Tool(page, {}, page + mark)
+    assert known(catalog, "ab") == [True, True]
+
+
+def test_a_page_that_was_seen_earlier_does_not_bring_its_definition_back() -> None:
+    catalog = Catalog()
+    catalog.observe(None, tools("a"), "1")
+    catalog.observe(None, tools("ab", mark="!"), None)
+    catalog.observe("1", tools("b", mark="!"), None)
+    assert catalog.look_up("a").tool == Tool("a", {}, "a!")
+
+
+def test_a_name_that_a_page_lists_twice_is_unknown_at_once() -> None:
+    catalog = Catalog()
+    catalog.observe(None, tools("ab"), None)
+    catalog.observe(None, tools("aa"), "1")
+    assert known(catalog, "ab") == [False, True]
+
+
+def test_without_pins_nothing_is_pinned_or_not() -> None:
+    catalog = Catalog()
+    catalog.observe(None, tools("a"), None)
+    assert [catalog.look_up(name).pinned for name in "ab"] == [None, None]
+    assert catalog.unpinned() == 0
+
+
+def test_a_tool_is_pinned_while_it_is_what_it_was_then() -> None:
+    catalog = Catalog(pins={"a": "a", "b": "b", "gone": "gone"})
+    catalog.observe(None, tools("abc"), None)
+    assert [catalog.look_up(name).pinned for name in "abcx"] == [True, True, False, None]
+    assert catalog.unpinned() == 1
+    catalog.observe(None, tools("a", mark="!"), "1")
+    assert [catalog.look_up(name).pinned for name in "abc"] == [False, True, False]
+    assert catalog.unpinned() == 2
+    catalog.pins = {"a": "a!", "b": "b", "c": "c"}
+    assert [catalog.look_up(name).pinned for name in "abc"] == [True, True, True]
+
+
+def test_no_tool_is_pinned_by_an_empty_file() -> None:
+    catalog = Catalog(pins={})
+    catalog.observe(None, tools("a"), None)
+    assert catalog.look_up("a").pinned is False
+
+
+def test_a_name_listed_twice_is_neither() -> None:
+    catalog = Catalog(pins={"a": "a"})
+    catalog.observe(None, tools("aa"), None)
+    assert catalog.look_up("a").pinned is None
+
+
 def test_after_a_change_nothing_is_known_until_it_is_listed_again() -> None:
     catalog = Catalog()
     catalog.observe(None, tools("aab"), None)

@@ -254,6 +254,15 @@ def test_values_are_short_utf8_and_of_64_bits() -> None:
     assert attributes.clean(()) is None
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+def test_both_spans_say_what_is_acted_on_and_whether_the_tool_is_pinned(pinned: bool) -> None:
+    call = replace(calls.allowed(TRACE), resource="ticket:4711", tool_pinned=pinned)
+    for where in ("server", "policy"):
+        found = attributes.of(call, where)
+        assert (found["authz.resource"], found["authz.pinned"]) == ("ticket:4711", pinned)
+    assert "authz.pinned" not in attributes.of(calls.allowed(TRACE), "server")
+
+
 def test_names_are_bounded_in_number_and_length() -> None:
     names = Names(2)
     assert [names.bound(each) for each in ("a", "x" * 500, "b", "c", "a")] == [
