@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from sidecar.conversation import (
     Ask,
@@ -23,10 +23,8 @@ from sidecar.conversation import (
     Recorder,
     Ticket,
     Tracer,
-    decision_id,
 )
 from sidecar.errors import (
-    AuditError,
     Overloaded,
     ProtocolError,
     SidecarError,
@@ -51,14 +49,15 @@ from sidecar.policy.enforcement import (
 )
 from sidecar.protocol.jsonrpc import Message, Notification, Request, Response
 from sidecar.protocol.methods import Direction, Governed, Listing, Method
-from sidecar.protocol.session import Operation, Outstanding, Target, embedded_questions
+from sidecar.protocol.session import Operation, Outstanding, embedded_questions
+from sidecar.rechecking import Action, Rechecking, stream_operation
+from sidecar.recording import Books
 
 log = logging.getLogger("sidecar.pipeline")
 
 PASSING = frozenset({"ping", "notifications/cancelled", "notifications/progress"})
 """What does not wait for its turn behind requests that are being decided."""
 
-STREAM = Method("stream", "stream", "client", (), Governed.DECISION, "stream")
 UNKNOWN = Method("_OTHER", "request", "both", (), Governed.DECISION)
 
 
@@ -88,11 +87,12 @@ class Pipeline:
             pod=pod or {},
         )
         self._tracer = tracer
-        self._recorders = recorders
+        self._books = Books(tracer, recorders)
         self._rules = rules
         self._version = version
         self._catalog_wait = catalog_wait
         self.load = load or Load()
+        self.open = Rechecking(self._judge, self._books, rules, finish=self.finish, lag=deadline)
 
     @property
     def in_flight(self) -> int:
@@ -137,12 +137,11 @@ class Pipeline:
     async def stream(
         self,
         conversation: Conversation,
-        action: Literal["open", "resume", "close"],
+        action: Action,
         origin: Origin,
     ) -> Refusal | None:
         """Ask whether a stream may be opened, resumed or closed; None when it may."""
-        message, target = Notification(f"stream/{action}"), Target("stream", action)
-        operation = conversation.session.unread(message, STREAM, Direction.FROM_CLIENT, target)
+        operation = stream_operation(conversation, action)
         return await self._ask(conversation, self._open(conversation, operation, origin))
 
     async def from_server(
@@ -199,6 +198,7 @@ class Pipeline:
 
     def forget(self, conversation: Conversation) -> None:
         """Nobody can come back to this conversation: what is suspended in it is cancelled."""
+        self.open.release(conversation)
         for call in conversation.calls.drain_abandoned():
             self.finish(call, "cancelled")
 
@@ -209,13 +209,10 @@ class Pipeline:
 
     def finish(self, call: Call, outcome: End, rpc_error: tuple[int, str] | None = None) -> None:
         """Write down the end of a call, once; only the first end counts."""
-        if call.outcome is not None:
-            return
-        call.outcome, call.rpc_error, call.finished = outcome, rpc_error, time.time_ns()
-        if not call.suspended:
-            self.load.end(call)
-        for recorder in self._recorders:
-            recorder.finished(call)
+        if self._books.finish(call, outcome, rpc_error):
+            self.open.release(call)
+            if not call.suspended:
+                self.load.end(call)
 
     # ------------------------------------------------------------------ client to server
 
@@ -226,6 +223,7 @@ class Pipeline:
             return self._refuse(call, overloaded)
         match operation.method.governed:
             case Governed.DECISION:
+                self.open.hold_call(conversation, call)
                 await learn(conversation, operation, ask, self._version, self._catalog_wait)
                 refusal = await self._judge.action(conversation, call)
                 if refusal is not None:
@@ -249,25 +247,15 @@ class Pipeline:
     def _outcome(self, call: Call, permitted: Permitted | Refusal) -> Outcome:
         if isinstance(permitted, Refusal):
             return self._refuse(call, permitted)
-        refusal = self._record_decision(call)
+        refusal = self._books.decided(call)
         return Forward(permitted) if refusal is None else self._refuse(call, refusal)
 
     def _refuse(self, call: Call, refusal: Refusal) -> Outcome:
         call.verdict, call.reasons = refusal.verdict, refusal.reasons
         if call.decision is None or refusal.verdict == "deny":
-            self._record_decision(call)
+            self._books.decided(call)
         response = enforcement.reply(call.operation, refusal, call.decision_id, self._rules)
         return Drop() if response is None else Reply(response, refusal.status)
-
-    def _record_decision(self, call: Call) -> Refusal | None:
-        """Write the decision down before anything is let through: no evidence, no action."""
-        try:
-            for recorder in self._recorders:
-                recorder.decided(call)
-        except AuditError as error:
-            log.error("audit record could not be written: %s", error)
-            return enforcement.refusal_of(error)
-        return None
 
     def _settle(self, conversation: Conversation, call: Call, outcome: Outcome) -> Outcome:
         """The last look before a message leaves, in its turn."""
@@ -276,6 +264,8 @@ class Pipeline:
             self._forget(conversation, call)
             self.finish(call, "cancelled")
             return Drop()
+        if call.withdrawn is not None and isinstance(outcome, Forward):
+            outcome = self._refuse(call, call.withdrawn)
         if not isinstance(outcome, Forward):
             self._forget(conversation, call)
             self.finish(call, _end_of(call), _rpc_error(outcome))
@@ -350,10 +340,11 @@ class Pipeline:
             log.warning("dropped an answer that no client asked for")
             return Drop()
         try:
-            return await self._judge_answer(conversation, call, response)
+            delivery = await self._judge_answer(conversation, call, response)
         except BaseException:
             self.finish(call, "cancelled")
             raise
+        return Drop() if call.withdrawn is not None else delivery
 
     async def _judge_answer(
         self, conversation: Conversation, call: Call, response: Response
@@ -373,6 +364,7 @@ class Pipeline:
         name, result = call.operation.message.method, response.result
         if name == "initialize" and response.error is None:
             conversation.session.negotiated(response)
+            self.open.hold_session(conversation, call)
         probe = conversation.discovering
         if name == "server/discover" and probe is not None and not probe.done():
             probe.set_result(response.error is None)
@@ -389,7 +381,7 @@ class Pipeline:
         No decision about it is an error, never an empty list that looks like the truth.
         """
         refusal = await self._judge.page(conversation, call, listing, response)
-        unwritten = self._record_decision(call)
+        unwritten = self._books.decided(call)
         failed = refusal if refusal is not None and refusal.verdict == "error" else unwritten
         if failed is not None:
             return self._fail_answer(call, failed)
@@ -427,7 +419,7 @@ class Pipeline:
         except BaseException:
             self.finish(call, "cancelled")
             raise
-        unwritten = self._record_decision(call)
+        unwritten = self._books.decided(call)
         refusal = refusal or unwritten
         self.finish(call, "success" if refusal is None else _end_of(refusal))
         return refusal
@@ -464,7 +456,7 @@ class Pipeline:
             raise
         if call.outcome is not None:  # the server has taken it back meanwhile
             return Drop()
-        unwritten = self._record_decision(call)
+        unwritten = self._books.decided(call)
         refusal = refusal or unwritten
         if refusal is None:
             call.forwarded = time.time_ns()
@@ -490,7 +482,7 @@ class Pipeline:
         call = self._open_unknown(conversation, message, Direction.FROM_SERVER, origin)
         refusal = enforcement.refusal_of(error)
         call.verdict, call.reasons = refusal.verdict, refusal.reasons
-        self._record_decision(call)
+        self._books.decided(call)
         return self._answer_refused(conversation, call, refusal)
 
     # ------------------------------------------------------------------ book-keeping
@@ -502,17 +494,7 @@ class Pipeline:
         origin: Origin,
         waiting: Outstanding[Call] | None = None,
     ) -> Call:
-        meta = operation.params.get("_meta")
-        call = Call(
-            operation=operation,
-            actor=origin.actor,
-            server=conversation.server.name,
-            transport=conversation.transport,
-            decision_id=decision_id(),
-            trace=self._tracer.begin(meta if isinstance(meta, dict) else {}, origin.headers),
-            source_address=origin.source_address,
-            received=time.time_ns(),
-        )
+        call = self._books.call(conversation, operation, origin)
         if call.request_id is not None:
             (conversation.calls if waiting is None else waiting).ask(call.request_id, call)
         self.load.begin(call)

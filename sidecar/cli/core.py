@@ -17,7 +17,7 @@ from sidecar.errors import ConfigError
 
 if TYPE_CHECKING:
     from sidecar.config import Listen, Settings
-    from sidecar.opa import OpaTracing, OwnOpa, Readiness
+    from sidecar.opa import DecisionClient, OpaTracing, OwnOpa, Readiness
     from sidecar.pipeline import Pipeline
     from sidecar.protocol.jsonrpc import Strictness
     from sidecar.telemetry import Telemetry
@@ -78,21 +78,39 @@ async def started(settings: Settings) -> AsyncIterator[Core]:
             pod=_pod(settings),
         )
         traces.observe("authz.calls.active", lambda: pipeline.in_flight)
-        readiness = opa.Readiness(
-            decider,
-            lambda: opa.question(
-                enforcer_version=__version__,
-                server=server_names(settings)[0],
-                transport="stdio" if settings.mode == "stdio" else "http",
-            ),
-            settings.opa,
-            own=own,
-        )
-        readiness.start()
-        stack.push_async_callback(readiness.stop)
+        readiness = _watched(settings, decider, own, pipeline, stack)
         if settings.admin is not None:
             await _admin(settings.admin, readiness, traces, stack)
         yield Core(pipeline, readiness, traces, stopping())
+
+
+def _watched(
+    settings: Settings,
+    decider: DecisionClient,
+    own: OwnOpa | None,
+    pipeline: Pipeline,
+    stack: AsyncExitStack,
+) -> Readiness:
+    """Whether OPA decides; whenever it decides by something new, what is open is asked again."""
+    from sidecar import opa
+    from sidecar.opa.background import Background
+
+    readiness = opa.Readiness(
+        decider,
+        lambda: opa.question(
+            enforcer_version=__version__,
+            server=server_names(settings)[0],
+            transport="stdio" if settings.mode == "stdio" else "http",
+        ),
+        settings.opa,
+        own=own,
+        on_change=lambda _revision, _watermark: pipeline.open.change(),
+    )
+    asking_again = Background(pipeline.open.step, "rechecking")
+    stack.push_async_callback(asking_again.stop)
+    readiness.start()
+    stack.push_async_callback(readiness.stop)
+    return readiness
 
 
 async def own_opa(settings: Settings, stack: AsyncExitStack) -> OwnOpa | None:

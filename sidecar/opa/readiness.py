@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from sidecar.protocol.jsonrpc import JsonObject
 logger = logging.getLogger("sidecar.opa")
 
 RETRY = 0.2  # seconds between questions while there is no answer
+UNMARKED = 4.0  # seconds after which a policy without a watermark may have changed unseen
 
 
 class Decider(Protocol):
@@ -56,7 +58,8 @@ def question(*, enforcer_version: str, server: str, transport: str) -> JsonObjec
 class Readiness:
     """Whether OPA decides, found out by asking it: any valid decision counts, allow or deny.
 
-    `on_change(revision, watermark)` is called when an answer differs from the one before in either.
+    `on_change(revision, watermark)` is called when an answer differs from the one before in either,
+    and every 4 s while answers have no watermark: then nobody can say that nothing has changed.
     Asked every `settings.canary` seconds; every 0.2 s while there is no answer; at once when the
     own OPA serves a new revision.
     """
@@ -75,6 +78,7 @@ class Readiness:
         self._nudge = asyncio.Event()
         self._task: Background | None = None
         self._asked = False
+        self._told = time.monotonic()
         self.revision: str | None = None
         self.watermark: str | None = None
         self.error: str | None = "OPA has not been asked yet"
@@ -124,7 +128,9 @@ class Readiness:
         before, now = (self.revision, self.watermark), (decision.revision, decision.watermark)
         self.revision, self.watermark = now
         asked, self._asked = self._asked, True
-        if asked and before != now and self._on_change is not None:
+        unseen = decision.watermark is None and time.monotonic() - self._told >= UNMARKED
+        if asked and (before != now or unseen) and self._on_change is not None:
+            self._told = time.monotonic()
             self._on_change(*now)
 
     def _turn(self, error: str | None) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from aiohttp import ClientResponse
 
@@ -30,6 +31,7 @@ from sidecar.transport.flight import EVENTS, Cursor, Flight, Link, key_of
 from sidecar.transport.headers import SESSION
 from sidecar.transport.peer import Hearer
 from sidecar.transport.upstream import HttpUpstream, announces
+from sidecar.transport.withdrawal import Withdrawable, Withdrawn
 
 log = logging.getLogger("sidecar.transport.remote")
 
@@ -198,8 +200,11 @@ class Answers:
             if self._hearer is None or not await self._hearer.admits("resume"):
                 raise UpstreamError("the stream may not be resumed", sent=True)
             try:
-                await self._resume_once(flight)
+                with Withdrawable() as stream, self._hearer.holding("resume", stream.end):
+                    await self._resume_once(flight)
                 return
+            except Withdrawn as error:
+                raise UpstreamError("the stream may not be resumed", sent=True) from error
             except UpstreamError:
                 if failures == RESUMPTIONS - 1:
                     raise
@@ -218,15 +223,18 @@ class Answers:
         """GET: keep a stream open as long as the session is, where the server has one."""
         cursor, failures = Cursor(), 0
         assert self._hearer is not None
-        while await self._hearer.admits("resume" if cursor.last else "open"):
+        while await self._hearer.admits(action := _opening(cursor)):
             try:
-                async with self._upstream.open("GET", link.stream_headers(cursor)) as response:
-                    if response.status < 500 and not _is_stream(response):
-                        self._no_stream(link, response)
-                        return
-                    link.streamed = link.streamed or _is_stream(response)
-                    failures = 0 if _is_stream(response) else failures + 1
-                    await self._follow(cursor, response)
+                with Withdrawable() as stream, self._hearer.holding(action, stream.end):
+                    async with self._upstream.open("GET", link.stream_headers(cursor)) as response:
+                        if response.status < 500 and not _is_stream(response):
+                            self._no_stream(link, response)
+                            return
+                        link.streamed = link.streamed or _is_stream(response)
+                        failures = 0 if _is_stream(response) else failures + 1
+                        await self._follow(cursor, response)
+            except Withdrawn:
+                return
             except UpstreamError as error:
                 failures += 1
                 log.debug("the server's own stream: %s", error)
@@ -300,6 +308,10 @@ def without_bad_annotations(response: Response) -> Response:
     log.warning("left out tools with a bad x-mcp-header: %s", [each["name"] for each in bad])
     kept = [each for each in items if each not in bad]
     return replace(response, result={**response.result, "tools": kept})
+
+
+def _opening(cursor: Cursor) -> Literal["open", "resume"]:
+    return "resume" if cursor.last else "open"
 
 
 def media_type(response: ClientResponse) -> str:

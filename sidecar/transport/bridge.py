@@ -30,6 +30,7 @@ from sidecar.policy.enforcement import Permitted
 from sidecar.protocol.jsonrpc import Message, Request, Response, encode
 from sidecar.protocol.methods import LEGACY_REVISIONS, REVISIONS
 from sidecar.protocol.session import envelope_version
+from sidecar.rechecking import WITHDRAWN
 from sidecar.transport import headers as rules
 from sidecar.transport.child import Child
 from sidecar.transport.exchange import Exchange, Sessions, Streamable
@@ -152,6 +153,7 @@ class StdioBridge(Streamable):
         self._sessions[session.id] = session
         exchange.sessions.open(session.id, exchange.conversation, exchange.origin.actor.keys)
         forget = partial(self._forget, session, exchange.sessions)
+        exchange.conversation.end = partial(self._withdraw, session, exchange.sessions)
         life = asyncio.get_running_loop().create_task(session.live(self._limits, forget))
         self._lives.add(life)
         life.add_done_callback(self._lives.discard)
@@ -172,6 +174,10 @@ class StdioBridge(Streamable):
     def _forget(self, session: HostedSession, sessions: Sessions) -> None:
         self._sessions.pop(session.id, None)
         sessions.forget(session.conversation)
+
+    def _withdraw(self, session: HostedSession, sessions: Sessions) -> None:
+        self._forget(session, sessions)
+        session.end(WITHDRAWN)
 
     async def open_stream(self, exchange: Exchange) -> web.StreamResponse:
         """GET: the session's own stream. Nothing is sent a second time, so nothing is resumed."""

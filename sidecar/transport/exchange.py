@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from aiohttp import web
 from multidict import CIMultiDict
 
 from sidecar.conversation import Ask, Call, Conversation, Origin, Server, Ticket
 from sidecar.policy.enforcement import Permitted
+from sidecar.protocol.framing import Event
 from sidecar.protocol.jsonrpc import Message, Response, encode
 from sidecar.protocol.session import Bounded
 from sidecar.transport.headers import SESSION
+
+Frame = Callable[[bytes, Event | None], bytes]
+"""How a message is written in a stream, in place of another one if there was one."""
 
 
 class Sessions:
@@ -56,6 +60,7 @@ class Exchange:
 
     `onward` gives the headers that go on to an HTTP server, with the trace context of a call.
     `resumable` says that the stream of its answer had an event id: another one may go on with it.
+    `stream` is that stream once it has begun, and `frame` how a message is written in it.
     """
 
     request: web.Request
@@ -67,6 +72,8 @@ class Exchange:
     call: Call | None = None
     ticket: Ticket | None = None
     resumable: bool = False
+    stream: web.StreamResponse | None = None
+    frame: Frame | None = None
 
     @property
     def answers(self) -> bool:
@@ -77,6 +84,11 @@ class Exchange:
     def endless(self) -> bool:
         """Whether the answer is a stream that only ends when somebody ends it: nothing is due."""
         return self.call is None or self.call.operation.method.target == "subscription"
+
+    @property
+    def opening(self) -> Literal["open", "resume"]:
+        """What a GET does to its stream."""
+        return "resume" if "Last-Event-ID" in self.request.headers else "open"
 
     def sent(self) -> None:
         """The bytes have left: the next message of the conversation may follow."""
@@ -149,8 +161,9 @@ async def _in_the_response(response: Response, status: int) -> web.StreamRespons
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One server behind one path, and its sessions."""
+    """One server behind one path, and its sessions; `metadata` is the URL of what a token needs."""
 
     backend: Backend
     server: Server
     sessions: Sessions
+    metadata: str | None = None

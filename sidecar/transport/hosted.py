@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
@@ -21,8 +22,9 @@ from sidecar.config import Limits
 from sidecar.conversation import Ask, Call, Conversation, Origin
 from sidecar.errors import ProtocolError, UpstreamError
 from sidecar.pipeline import Pipeline
-from sidecar.policy.enforcement import AnswerServer, Deliver, Drop, Permitted
+from sidecar.policy.enforcement import AnswerServer, Deliver, Drop, Permitted, taken_back
 from sidecar.protocol.jsonrpc import Message, Notification, Request, Response, encode
+from sidecar.rechecking import WITHDRAWN
 from sidecar.transport.child import Child
 from sidecar.transport.exchange import Exchange
 from sidecar.transport.outlet import BOUND, Outlet, respond, stream
@@ -137,8 +139,11 @@ class HostedSession:
         request, call = permitted.message, exchange.call
         assert isinstance(request, Request)
         assert call is not None
+        # The same principals, and what they have shown last: groups and scopes may be others.
+        self._origin = Origin(exchange.origin.actor, exchange.origin.source_address)
         post = Post(call, Outlet())
         token = _token((request.params or {}).get("_meta"))
+        call.withdraw = partial(self._withdraw, post, permitted)
         try:
             self._send(permitted)
             self._posts[_key(request.id)] = post
@@ -158,6 +163,13 @@ class HostedSession:
             _remove(self._tokens, token, post)
             if call.outcome is None:
                 self._pipeline.abandon(self.conversation, call)
+
+    async def _withdraw(self, post: Post, permitted: Permitted, reply: Response) -> None:
+        """Answer a call in place of the server, which is told."""
+        post.outlet.finish(encode(reply))
+        with suppress(UpstreamError):
+            self._send(taken_back(permitted, WITHDRAWN))
+            await self._child.drain()
 
     async def tell(self, exchange: Exchange, permitted: Permitted) -> web.StreamResponse:
         """Send a notification, or an answer to the server's question.
@@ -200,8 +212,12 @@ class HostedSession:
             raise ProtocolError("the stream of this session is open already", status=409)
         outlet = self._stream = Outlet()
         self._flush()
+        held = self._pipeline.open.stream(
+            self.conversation, exchange.opening, exchange.origin, outlet.close
+        )
         try:
-            return await stream(outlet, exchange.request)
+            with held:
+                return await stream(outlet, exchange.request)
         finally:
             self._stream = None
             outlet.abandon()

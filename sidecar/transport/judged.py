@@ -10,6 +10,7 @@ from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import AnswerServer, Deliver, Delivery, Permitted
 from sidecar.protocol.framing import Event, encode_event
 from sidecar.protocol.jsonrpc import FROM_SERVER, Message, decode, encode
+from sidecar.transport.exchange import Frame
 
 log = logging.getLogger("sidecar.transport")
 
@@ -18,9 +19,6 @@ Hear = Callable[[Message], Awaitable[Delivery]]
 
 Answer = Callable[[Permitted], Awaitable[None]]
 """A way to answer the server in place of its client."""
-
-Frame = Callable[[bytes, Event | None], bytes]
-"""How a message is written in a stream, in place of another one if there was one."""
 
 
 async def judged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -27,6 +28,11 @@ class Hearer(Protocol):
 
     async def admits(self, action: Literal["open", "resume", "close"]) -> bool:
         """Whether a stream of the server's messages may be opened, resumed or closed."""
+
+    def holding(
+        self, action: Literal["open", "resume"], end: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """Keep such a stream for as long as it may be open; `end` closes it before that."""
 
 
 @dataclass(frozen=True, slots=True)

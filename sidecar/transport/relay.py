@@ -13,16 +13,18 @@ from functools import partial
 
 from aiohttp import ClientResponse, web
 
-from sidecar.conversation import Ask
+from sidecar.conversation import Ask, Conversation
 from sidecar.errors import MalformedMessage, UpstreamError
 from sidecar.pipeline import Pipeline
-from sidecar.policy.enforcement import Deliver, Delivery, Permitted
+from sidecar.policy.enforcement import Deliver, Delivery, Permitted, taken_back
 from sidecar.protocol.framing import Event, encode_event, encode_line
 from sidecar.protocol.jsonrpc import FROM_SERVER, Message, Request, Response, decode, encode
+from sidecar.rechecking import WITHDRAWN
 from sidecar.transport import headers as rules
-from sidecar.transport.exchange import Exchange, Streamable
-from sidecar.transport.judged import Frame, judged
+from sidecar.transport.exchange import Exchange, Frame, Sessions, Streamable
+from sidecar.transport.judged import judged
 from sidecar.transport.upstream import HttpUpstream, announces
+from sidecar.transport.withdrawal import Withdrawable, Withdrawn, conclude
 
 log = logging.getLogger("sidecar.transport.relay")
 
@@ -42,16 +44,34 @@ class HttpRelay(Streamable):
 
     async def forward(self, exchange: Exchange, permitted: Permitted) -> web.StreamResponse:
         """Send what is permitted, and bring the answer back."""
+        withdrawable = Withdrawable()
+        if exchange.call is not None:
+            exchange.call.withdraw = withdrawable.withdraw
         try:
-            async with self._upstream.send(
-                permitted, exchange.onward(exchange.call), exchange.sent
-            ) as response:
-                return await self._relay(exchange, response)
+            with withdrawable:
+                async with self._upstream.send(
+                    permitted, exchange.onward(exchange.call), exchange.sent
+                ) as response:
+                    return await self._relay(exchange, response)
+        except Withdrawn as withdrawn:
+            return await self._withdrawn(exchange, permitted, withdrawn)
         except UpstreamError as error:
             return self._failed(exchange, error)
         finally:
             exchange.sent()
             self._end(exchange)
+
+    async def _withdrawn(
+        self, exchange: Exchange, permitted: Permitted, withdrawn: Withdrawn
+    ) -> web.StreamResponse:
+        """The client gets its answer from us. In a session its server is told, which else knows."""
+        assert withdrawn.reply is not None
+        frame, reply = exchange.frame, encode(withdrawn.reply)
+        last = reply if frame is None else frame(reply, None)
+        response = await conclude(exchange.request, exchange.stream, last)
+        if exchange.conversation.lasting:
+            await self._post(exchange, taken_back(permitted, WITHDRAWN))
+        return response
 
     def _failed(self, exchange: Exchange, error: UpstreamError) -> web.StreamResponse:
         reply = None
@@ -94,12 +114,14 @@ class HttpRelay(Streamable):
             forgotten = exchange.sessions.open(session_id, exchange.conversation, owner)
             if forgotten is not None:
                 self._pipeline.forget(forgotten)
+            forget = partial(self._forget_session, exchange.sessions, exchange.conversation)
+            exchange.conversation.end = forget
         if response.status == 404 and exchange.conversation.lasting:
-            self._forget_session(exchange)
+            self._forget_session(exchange.sessions, exchange.conversation)
 
-    def _forget_session(self, exchange: Exchange) -> None:
-        exchange.sessions.forget(exchange.conversation)
-        self._pipeline.close(exchange.conversation)
+    def _forget_session(self, sessions: Sessions, conversation: Conversation) -> None:
+        sessions.forget(conversation)
+        self._pipeline.close(conversation)
 
     async def _relay_json(self, exchange: Exchange, response: ClientResponse) -> web.StreamResponse:
         """Pass on one message, or, where the body is a message a line, each as it comes."""
@@ -144,6 +166,7 @@ class HttpRelay(Streamable):
             status=response.status, headers=rules.to_client(response.headers)
         )
         await stream.prepare(exchange.request)
+        exchange.stream, exchange.frame = stream, frame
         if exchange.endless:
             self._streams.add(stream)
         try:
@@ -183,11 +206,11 @@ class HttpRelay(Streamable):
         async def hear(message: Message) -> Delivery:
             return await self._pipeline.from_server(exchange.conversation, message, exchange.origin)
 
-        answer = partial(self._answer_server, exchange)
+        answer = partial(self._post, exchange)
         return await judged(event, self._pipeline, hear, answer, frame)
 
-    async def _answer_server(self, exchange: Exchange, permitted: Permitted) -> None:
-        """Post our refusal of the server's question, as its client would post an answer."""
+    async def _post(self, exchange: Exchange, permitted: Permitted) -> None:
+        """Post what needs no answer, as its client would: a refusal of ours, or a cancel."""
         headers = exchange.onward(None)
         headers["Accept"] = "application/json, text/event-stream"
         with suppress(UpstreamError):
@@ -206,9 +229,16 @@ class HttpRelay(Streamable):
 
     async def open_stream(self, exchange: Exchange) -> web.StreamResponse:
         """GET: relay the session's stream."""
+        withdrawable = Withdrawable()
+        held = self._pipeline.open.stream(
+            exchange.conversation, exchange.opening, exchange.origin, withdrawable.end
+        )
         try:
-            async with self._upstream.open("GET", exchange.onward(None)) as response:
-                return await self._relay(exchange, response)
+            with withdrawable, held:
+                async with self._upstream.open("GET", exchange.onward(None)) as response:
+                    return await self._relay(exchange, response)
+        except Withdrawn:
+            return await conclude(exchange.request, exchange.stream, None)
         finally:
             self._end(exchange)
 
@@ -216,7 +246,7 @@ class HttpRelay(Streamable):
         """DELETE: end the session there, and here when it was ended there."""
         async with self._upstream.open("DELETE", exchange.onward(None)) as response:
             if response.status < 300:
-                self._forget_session(exchange)
+                self._forget_session(exchange.sessions, exchange.conversation)
             return await self._relay_other(exchange, response)
 
     def asker(self, exchange: Exchange) -> Ask:

@@ -20,6 +20,7 @@ from sidecar.protocol.jsonrpc import FROM_SERVER, Response, decode, encode
 from sidecar.transport.channel import EVENTS, Channel, connect
 from sidecar.transport.peer import Ended, Hearer
 from sidecar.transport.upstream import HttpUpstream
+from sidecar.transport.withdrawal import Withdrawable, Withdrawn
 
 log = logging.getLogger("sidecar.transport.sse")
 
@@ -112,15 +113,23 @@ class SsePeer:
                     status = channel.response.status
                     raise UpstreamError(f"the server answered {status}", sent=False)
                 self._channel.set_result(channel)
-                async for event in channel.events():
-                    await self._take(event, channel, hearer)
-                raise UpstreamError("the server has ended the session", sent=True)
+                await self._follow(channel, hearer)
         except UpstreamError as error:
             log.error("the session is over: %s", error)
             self._ended = Ended(1, str(error))
             if not self._channel.done():
                 self._channel.set_exception(error)
                 self._channel.exception()  # it is no loss when nobody waits for it
+
+    async def _follow(self, channel: Channel, hearer: Hearer) -> None:
+        """Take in what comes, until the server or the policy ends it: then this raises."""
+        try:
+            with Withdrawable() as stream, hearer.holding("open", stream.end):
+                async for event in channel.events():
+                    await self._take(event, channel, hearer)
+        except Withdrawn as error:
+            raise UpstreamError(str(error), sent=True) from error
+        raise UpstreamError("the server has ended the session", sent=True)
 
     async def _take(self, event: Event, channel: Channel, hearer: Hearer) -> None:
         if not event.data:

@@ -134,6 +134,11 @@ class SharedChild:
         waiting = Waiting(exchange, call, request.id, token, readdressed(permitted, own_id))
         self.child.send(waiting.sent)
         self._waiting[own_id] = waiting
+
+        async def withdraw(reply: Response) -> None:
+            waiting.outlet.finish(encode(reply))  # and then the request is taken back
+
+        call.withdraw = withdraw
         try:
             exchange.sent()
             response = await respond(waiting.outlet, exchange.request)

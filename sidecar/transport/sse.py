@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from aiohttp import ClientResponse, web
@@ -20,9 +21,10 @@ from sidecar.config import Limits
 from sidecar.conversation import Ask, Origin
 from sidecar.errors import ProtocolError, UpstreamError
 from sidecar.pipeline import Pipeline
-from sidecar.policy.enforcement import Delivery, Drop, Permitted
+from sidecar.policy.enforcement import Delivery, Drop, Permitted, taken_back
 from sidecar.protocol.framing import Event, encode_event
 from sidecar.protocol.jsonrpc import Message, Response, encode
+from sidecar.rechecking import WITHDRAWN
 from sidecar.transport import headers as rules
 from sidecar.transport.channel import ENDPOINT, EVENTS, Channel, connect
 from sidecar.transport.exchange import Exchange, Replier, Sessions
@@ -72,8 +74,10 @@ class SseSession:
         await self._stream.prepare(self._request)
         await self._stream.write(_endpoint(self._request, self.id))
         self._reading = asyncio.get_running_loop().create_task(self._read())
+        end = partial(self.end, WITHDRAWN)
         try:
-            await asyncio.wait({self._reading})
+            with self._pipeline.open.stream(self.conversation, "open", self._origin, end):
+                await asyncio.wait({self._reading})
             self.channel.end(UpstreamError(self._why, sent=True))
             await self._outbound.settle(patience)
             await self._answer_who_waits()
@@ -134,8 +138,14 @@ class SseSession:
         finally:
             self.unread -= 1
 
+    async def withdraw(self, permitted: Permitted, reply: Response) -> None:
+        """End a call in place of its server, which is told."""
+        tell = self._post(taken_back(permitted, WITHDRAWN))
+        with suppress(ProtocolError):
+            await asyncio.gather(tell, self.inject(reply))
+
     async def _pass_on(self, event: Event) -> None:
-        written = await judged(event, self._pipeline, self._hear, self._answer_server)
+        written = await judged(event, self._pipeline, self._hear, self._post)
         if written:
             async with self._whole:
                 await self._write(written)
@@ -147,8 +157,8 @@ class SseSession:
             return Drop()
         return await self._pipeline.from_server(self.conversation, message, self._origin)
 
-    async def _answer_server(self, permitted: Permitted) -> None:
-        """Post our refusal of the server's question, as its client would post an answer."""
+    async def _post(self, permitted: Permitted) -> None:
+        """Post what needs no answer, as its client would: a refusal of ours, or a cancel."""
         with suppress(UpstreamError):
             async with self.channel.post(permitted, self._headers, lambda: None):
                 pass
@@ -258,6 +268,8 @@ class SseRelay:
     async def forward(self, exchange: Exchange, permitted: Permitted) -> web.StreamResponse:
         """Post what is permitted, and bring the acknowledgement back."""
         session, call = self._session(exchange), exchange.call
+        if call is not None:
+            call.withdraw = partial(session.withdraw, permitted)
         try:
             headers = exchange.onward(call)
             async with session.channel.post(permitted, headers, exchange.sent) as response:

@@ -128,6 +128,18 @@ async def test_changes_of_revision_and_watermark_are_told() -> None:
     assert changes == [("r2", None), ("r2", "w")]
 
 
+@pytest.mark.parametrize("watermark", ["w", None])
+async def test_where_nothing_says_that_nothing_has_changed_a_change_is_told_now_and_then(
+    watermark: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.opa.readiness.UNMARKED", 0.02)
+    opa, changes = Scripted(Decision(True, revision="r1", watermark=watermark)), list[Any]()
+    async with asking(opa, on_change=lambda *change: changes.append(change)):
+        await eventually(lambda: opa.asked > 20, within=2)
+    assert bool(changes) is (watermark is None)
+    assert len(changes) <= 10
+
+
 async def test_a_listener_that_fails_costs_nothing_but_a_log_line(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
