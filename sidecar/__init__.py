@@ -12,7 +12,8 @@
     Call       `telemetry` makes spans of it and `audit` a record
 
 `pipeline` is the one coroutine that knows this order, `conversation` what lasts from one message to
-the next. A server's messages take the same road back.
+the next. A server's messages take the same road back. When the policy changes, `rechecking` asks
+again about whatever is open.
 
 Two rules hold everywhere. Only a `Permitted` is ever sent to a server, and only
 `policy.enforcement` makes one. And what is not a clean "allow" (no answer, a late one, one that is
@@ -21,7 +22,8 @@ not understood) is a deny.
 Layers, top to bottom, each knowing only those below (import-linter checks it)::
 
     cli  >  transport | opa | keys | telemetry | audit | logs  >  pipeline | config
-         >  learning | judging | limits  >  conversation  >  policy  >  protocol  >  errors
+         >  rechecking  >  learning | judging | limits | recording
+         >  conversation  >  policy  >  protocol  >  errors
 """
 
 __version__ = "0.1.0"

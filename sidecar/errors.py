@@ -45,6 +45,8 @@ RefusalCode = Literal[
     "chain_malformed",  # `act` is not what RFC 8693 says, or names a foreign principal
     "chain_too_long",
     "workload_malformed",  # a certificate whose name can not be a workload's
+    "proxy_malformed",  # a trusted proxy that does not name one principal
+    "credentials_missing",  # there is none, and one is needed
 ]
 """Why a credential is refused."""
 

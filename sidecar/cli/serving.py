@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import shutil
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
+from sidecar.cli.catalogs import known_server, observe
 from sidecar.cli.core import Core, server_names, started, strictness
 from sidecar.errors import ConfigError
 
 if TYPE_CHECKING:
     from sidecar.config import Settings
     from sidecar.conversation import Server
+    from sidecar.policy.identity import Actor
+    from sidecar.transport.authentication import Verify
     from sidecar.transport.exchange import Backend, Route
-    from sidecar.transport.metadata import Metadata
+    from sidecar.transport.metadata import Metadata, OwnMetadata
     from sidecar.transport.peer import Peer
     from sidecar.transport.upstream import HttpUpstream
 
@@ -31,19 +37,21 @@ def _calm_garbage_collector() -> None:
 
 async def serve_stdio(settings: Settings) -> int:
     """`mcp-sidecar stdio`, to its end; the exit code."""
-    from sidecar.conversation import Server
     from sidecar.protocol.methods import MethodTable
     from sidecar.transport.pipes import open_stdin, open_stdout
     from sidecar.transport.stdio import StdioProxy
 
+    token = _token_source(settings)
     async with started(settings) as core, AsyncExitStack() as stack:
-        server = Server(server_names(settings)[0])
+        pins = next((each.pins for each in settings.upstreams), None)
+        server = known_server(settings, server_names(settings)[0], stack, pins)
+        observe([server], core.telemetry)
         proxy = StdioProxy(
             pipeline=core.pipeline,
             peer=await _peer(settings, server, stack),
             server=server,
             table=MethodTable.of(settings.protocol.methods),
-            actor=settings.identity.actor,
+            who=await _who(settings, token, stack),
             strictness=strictness(settings),
             limits=settings.limits,
             stdin=await open_stdin(),
@@ -51,6 +59,34 @@ async def serve_stdio(settings: Settings) -> int:
         )
         _calm_garbage_collector()
         return await proxy.run(core.stopping)
+
+
+def _token_source(settings: Settings) -> Callable[[], str | None]:
+    """Where the client's token is; before any process of ours could inherit the descriptor."""
+    from sidecar.transport.credentials import TokenFile, TokenPipe
+
+    identity = settings.identity
+    if identity.token_fd is not None:
+        return TokenPipe(identity.token_fd).current
+    if identity.token_file is not None:
+        return TokenFile(identity.token_file).current
+    return lambda: None
+
+
+async def _who(
+    settings: Settings, token: Callable[[], str | None], stack: AsyncExitStack
+) -> Callable[[], Awaitable[Actor]]:
+    """Who the client on our pipe is, asked for each of its messages."""
+    identity, verify = settings.identity, await _verify(settings, stack)
+    if verify is None:
+
+        async def configured() -> Actor:
+            return identity.actor
+
+        return configured
+    from sidecar.transport.authentication import PipeAuthentication
+
+    return PipeAuthentication(identity, verify, token).actor
 
 
 async def _peer(settings: Settings, server: Server, stack: AsyncExitStack) -> Peer:
@@ -64,8 +100,9 @@ async def _peer(settings: Settings, server: Server, stack: AsyncExitStack) -> Pe
     from sidecar.transport.remote import HttpPeer
     from sidecar.transport.remote_sse import SsePeer
 
-    upstream = await _upstream(settings, settings.upstreams[0].url, stack)
-    if settings.upstreams[0].transport == "sse":
+    there = settings.upstreams[0]
+    upstream = await _upstream(settings, there.url, stack, there.token_file)
+    if there.transport == "sse":
         return SsePeer(upstream, settings.limits.connect)
     return HttpPeer(upstream, server.catalog, MethodTable.of(settings.protocol.methods))
 
@@ -73,16 +110,19 @@ async def _peer(settings: Settings, server: Server, stack: AsyncExitStack) -> Pe
 async def serve_http(settings: Settings) -> int:
     """`mcp-sidecar http`, until it is told to stop; the exit code."""
     from sidecar.protocol.methods import MethodTable
+    from sidecar.transport.authentication import Authentication
     from sidecar.transport.http import HttpProxy, serve
 
     assert settings.listen is not None
     async with started(settings) as core, AsyncExitStack() as stack:
+        routes = await _routes(settings, core, stack)
+        observe([each.server for each in routes.values()], core.telemetry)
         proxy = HttpProxy(
             pipeline=core.pipeline,
-            routes=await _routes(settings, core, stack),
+            routes=routes,
             metadata=await _metadata(settings, stack),
             table=MethodTable.of(settings.protocol.methods),
-            actor=settings.identity.actor,
+            authentication=Authentication(settings.identity, await _verify(settings, stack)),
             strictness=strictness(settings),
             limits=settings.limits,
             http=settings.http,
@@ -104,36 +144,76 @@ async def serve_http(settings: Settings) -> int:
 
 
 async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict[str, Route]:
-    from sidecar.conversation import Server
     from sidecar.transport.exchange import Route, Sessions
     from sidecar.transport.relay import HttpRelay
     from sidecar.transport.sse import SseRelay
 
     if settings.command:
         return {settings.bridge.path: _bridge(settings, core, stack)}
+    documents = _own_metadata(settings)
     routes = {}
     for each in settings.upstreams:
-        upstream = await _upstream(settings, each.url, stack)
+        upstream = await _upstream(settings, each.url, stack, each.token_file)
         sessions = Sessions(settings.limits.sessions)
+        server = known_server(settings, each.name, stack, each.pins)
         backend: Backend = HttpRelay(core.pipeline, upstream)
         if each.transport == "sse":
             backend = SseRelay(core.pipeline, upstream, sessions, settings.limits)
-        routes[each.path] = Route(backend, Server(each.name), sessions)
+        document = documents.get(each.path)
+        metadata = document.url if document else None
+        routes[each.path] = Route(backend, server, sessions, metadata)
     return routes
 
 
 async def _metadata(settings: Settings, stack: AsyncExitStack) -> dict[str, Metadata]:
-    """The metadata of each upstream at its path; of an only one also where no path is named."""
-    from sidecar.transport.metadata import Metadata, well_known_path, well_known_url
+    """The metadata of each server at its path; of an only one also where no path is named."""
+    from sidecar.transport.metadata import ServersMetadata, well_known_path, well_known_url
 
+    if own := _own_metadata(settings):
+        found: dict[str, Metadata] = {well_known_path(path): own[path] for path in own}
+        found |= {urlsplit(each.url).path: each for each in own.values()}
+        if len(own) == 1:
+            found.setdefault(well_known_path("/"), *own.values())
+        return found
     wanted = {well_known_path(each.path): well_known_url(each.url) for each in settings.upstreams}
     if len(settings.upstreams) == 1:
         origin = urljoin(settings.upstreams[0].url, "/")
         wanted.setdefault(well_known_path("/"), well_known_url(origin))
-    return {path: Metadata(await _upstream(settings, url, stack)) for path, url in wanted.items()}
+    return {
+        path: ServersMetadata(await _upstream(settings, url, stack)) for path, url in wanted.items()
+    }
 
 
-async def _upstream(settings: Settings, url: str, stack: AsyncExitStack) -> HttpUpstream:
+def _own_metadata(settings: Settings) -> dict[str, OwnMetadata]:
+    """The documents of what is served here, by path; none where no tokens are verified."""
+    from sidecar.transport.metadata import OwnMetadata
+
+    identity, paths = settings.identity, [path for path, _ in _served(settings)]
+    if identity.resource is None or not identity.issuers:
+        return {}
+    issuers = [each.name for each in identity.issuers if each.kind == "oidc"]
+    base = identity.resource
+    urls = {path: base if len(paths) == 1 else base.rstrip("/") + path for path in paths}
+    return {path: OwnMetadata(url, issuers, identity.scopes) for path, url in urls.items()}
+
+
+async def _verify(settings: Settings, stack: AsyncExitStack) -> Verify | None:
+    """How tokens are verified; None where they are not. The keys are fetched meanwhile."""
+    if not settings.identity.issuers:
+        return None
+    from sidecar.keys import Authenticator
+
+    authenticator = Authenticator(settings.identity.issuers)
+    warming = asyncio.get_running_loop().create_task(authenticator.warm(), name="warm keys")
+    stack.push_async_callback(authenticator.close)
+    stack.callback(warming.cancel)
+    return authenticator.authenticate
+
+
+async def _upstream(
+    settings: Settings, url: str, stack: AsyncExitStack, token_file: Path | None = None
+) -> HttpUpstream:
+    from sidecar.transport.credentials import TokenFile
     from sidecar.transport.upstream import HttpUpstream
 
     upstream = HttpUpstream(
@@ -141,6 +221,7 @@ async def _upstream(settings: Settings, url: str, stack: AsyncExitStack) -> Http
         connect=settings.limits.connect,
         response=settings.limits.response,
         message_limit=settings.limits.server_message,
+        token=None if token_file is None else TokenFile(token_file),
     )
     await upstream.start()
     stack.push_async_callback(upstream.stop)
@@ -148,7 +229,6 @@ async def _upstream(settings: Settings, url: str, stack: AsyncExitStack) -> Http
 
 
 def _bridge(settings: Settings, core: Core, stack: AsyncExitStack) -> Route:
-    from sidecar.conversation import Server
     from sidecar.transport.bridge import StdioBridge
     from sidecar.transport.exchange import Route, Sessions
     from sidecar.transport.shared import SharedServer
@@ -156,12 +236,14 @@ def _bridge(settings: Settings, core: Core, stack: AsyncExitStack) -> Route:
     command, limits = settings.command, settings.limits
     if shutil.which(command[0]) is None:
         raise ConfigError(f"COMMAND {command[0]!r} can not be started: there is no such program")
-    server, shared = Server(settings.server_name), None
+    server, shared = known_server(settings, settings.server_name, stack), None
     if settings.bridge.shared:
         shared = SharedServer(core.pipeline, command, server, limits)
     bridge = StdioBridge(core.pipeline, command, limits, shared)
     stack.push_async_callback(bridge.stop)
-    return Route(bridge, server, Sessions(limits.sessions))
+    document = _own_metadata(settings).get(settings.bridge.path)
+    metadata = document.url if document else None
+    return Route(bridge, server, Sessions(limits.sessions), metadata)
 
 
 def _served(settings: Settings) -> list[tuple[str, str]]:

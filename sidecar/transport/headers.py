@@ -39,7 +39,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 Headers = CIMultiDictProxy[str] | CIMultiDict[str]
 
 
-def refuse_duplicates(headers: Headers) -> None:
+def refuse_duplicates(headers: Headers, single: Iterable[str] = SINGLE) -> None:
     """Refuse a second value where two readers may take different ones.
 
     Raises:
@@ -49,7 +49,7 @@ def refuse_duplicates(headers: Headers) -> None:
     for name in ROUTING:
         if len(headers.getall(name, ())) > 1:
             raise HeaderMismatch(f"header {name} stands more than once")
-    for name in SINGLE:
+    for name in single:
         if len(headers.getall(name, ())) > 1:
             raise MalformedMessage(f"header {name} stands more than once")
 
@@ -101,10 +101,18 @@ def refuse_strangers(
 
 
 def to_upstream(
-    headers: Headers, *, modern: bool, authorization: bool, trace: Mapping[str, str]
+    headers: Headers,
+    *,
+    modern: bool,
+    authorization: bool,
+    trace: Mapping[str, str],
+    asserting: frozenset[str] = frozenset(),
 ) -> CIMultiDict[str]:
-    """The client's headers as they go on to the server."""
-    ended = HOP_BY_HOP | REWRITTEN | TRACE_CONTEXT | _named_by_connection(headers)
+    """The client's headers as they go on to the server.
+
+    Those that are `asserting` who somebody is never do: the server might believe them.
+    """
+    ended = HOP_BY_HOP | REWRITTEN | TRACE_CONTEXT | _named_by_connection(headers) | asserting
     if not authorization:
         ended |= {"authorization"}
     onward: CIMultiDict[str] = CIMultiDict()

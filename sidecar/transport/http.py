@@ -1,15 +1,17 @@
 """HTTP for MCP clients (Streamable HTTP, MCP 2025-03-26 and later; legacy HTTP+SSE).
 
 POST carries one message, GET opens or resumes a session's stream, DELETE ends a session. Every
-message is checked, judged and handed to the backend of its path; the server's side is there, and
-how its clients talk.
+request is authenticated before its body is read; its message is checked, judged and handed to the
+backend of its path; the server's side is there, and how its clients talk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import resource
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from typing import Literal
 
@@ -18,7 +20,7 @@ from multidict import CIMultiDict
 
 from sidecar.config import Http, Limits, Listen
 from sidecar.conversation import Call, Conversation, Origin
-from sidecar.errors import ProtocolError, UpstreamError
+from sidecar.errors import ProtocolError, Unauthenticated, UpstreamError
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import (
     INTERNAL,
@@ -34,6 +36,7 @@ from sidecar.protocol.jsonrpc import Message, Response, Strictness, decode, enco
 from sidecar.protocol.methods import MethodTable
 from sidecar.protocol.session import Session, check_headers, is_modern
 from sidecar.transport import headers as rules
+from sidecar.transport.authentication import Authentication, insufficient
 from sidecar.transport.exchange import Exchange, Replier, Route
 from sidecar.transport.metadata import Metadata
 
@@ -59,7 +62,7 @@ class HttpProxy:
         routes: Mapping[str, Route],
         metadata: Mapping[str, Metadata],
         table: MethodTable,
-        actor: Actor,
+        authentication: Authentication,
         strictness: Strictness,
         limits: Limits,
         http: Http,
@@ -69,10 +72,16 @@ class HttpProxy:
         self._routes = routes
         self._metadata = metadata
         self._table = table
-        self._actor = actor
+        self._authentication = authentication
         self._strictness = strictness
         self._limits = limits
         self._http = http
+        # Where tokens are verified, a second one is a bad credential, and not a bad header.
+        ours = {"authorization"} if authentication.verifies else set()
+        self._single = tuple(each for each in rules.SINGLE if each not in ours)
+        self._authorization = http.forward_authorization
+        if self._authorization is None:
+            self._authorization = not authentication.verifies
         self._loopback = listen.loopback
 
     def application(self) -> web.Application:
@@ -103,7 +112,7 @@ class HttpProxy:
             return web.json_response(body=encode(body), status=500)
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
-        rules.refuse_duplicates(request.headers)
+        rules.refuse_duplicates(request.headers, self._single)
         rules.refuse_strangers(
             request.headers,
             loopback=self._loopback,
@@ -117,23 +126,35 @@ class HttpProxy:
             raise ProtocolError("there is nothing here", status=404)
         if request.method not in route.backend.verbs:
             return web.Response(status=405, headers={"Allow": ", ".join(route.backend.verbs)})
+        try:
+            actor = await self._authentication.actor(request)
+        except Unauthenticated as error:
+            return self._unauthenticated(error, route)
         match request.method:
             case "POST":
-                return await self._post(request, route)
+                return await self._post(request, route, actor)
             case "GET":
-                return await self._get(request, route)
+                return await self._get(request, route, actor)
             case _:
-                return await self._delete(request, route)
+                return await self._delete(request, route, actor)
+
+    def _unauthenticated(self, error: Unauthenticated, route: Route) -> web.Response:
+        """401, without the id of the message: nobody makes us read one who may not send it."""
+        self._pipeline.malformed(error)
+        log.warning("a request was refused: %s", error.code)
+        response = _refusal(error)
+        response.headers.update(self._authentication.challenge(error, route.metadata))
+        return response
 
     # -------------------------------------------------------------- POST
 
-    async def _post(self, request: web.Request, route: Route) -> web.StreamResponse:
+    async def _post(self, request: web.Request, route: Route, actor: Actor) -> web.StreamResponse:
         """Let a message through, or answer it: where its sender waits for an answer by its id."""
-        reply = route.backend.replier(request, self._actor.keys)
+        reply = route.backend.replier(request, actor.keys)
         rules.refuse_other_content(request.headers)
         try:
             message = decode(await self._body(request), self._strictness)
-            return await self._submit(request, route, message, reply)
+            return await self._submit(request, route, actor, message, reply)
         except ProtocolError as error:
             if error.request_id is None:
                 raise
@@ -141,21 +162,25 @@ class HttpProxy:
             return await reply(_reply_to(error), error.status)
 
     async def _submit(
-        self, request: web.Request, route: Route, message: Message, reply: Replier
+        self, request: web.Request, route: Route, actor: Actor, message: Message, reply: Replier
     ) -> web.StreamResponse:
         if route.backend.by_headers:
             headers = {name.lower(): value for name, value in request.headers.items()}
             check_headers(message, headers, self._table)
-        exchange = self._exchange(request, route, message)
+        exchange = self._exchange(request, route, actor, message)
         route.backend.admit(exchange, message)
         outcome, exchange.ticket, exchange.call = await self._pipeline.from_client(
             exchange.conversation, message, exchange.origin, route.backend.asker(exchange)
         )
         match outcome:
             case Forward(permitted):
-                return await route.backend.forward(exchange, permitted)
+                answering = route.backend.forward(exchange, permitted)
+                return await (_until_expiry(exchange, answering) if exchange.endless else answering)
             case Reply(response, status):
-                return await reply(response, status)
+                challenge = _insufficient_scope(exchange, route, response)
+                answer = await reply(response, 403 if challenge else status)
+                answer.headers.update(challenge)
+                return answer
             case Drop():
                 return web.Response(status=202)
 
@@ -171,22 +196,28 @@ class HttpProxy:
                 raise too_large
         return bytes(body)
 
-    def _exchange(self, request: web.Request, route: Route, message: Message | None) -> Exchange:
+    def _exchange(
+        self, request: web.Request, route: Route, actor: Actor, message: Message | None
+    ) -> Exchange:
         modern = message is not None and is_modern(message)
-        origin = Origin(self._actor, request.remote, _trace_headers(request))
-        conversation = self._conversation(request, route, modern)
+        address = self._authentication.source_address(request)
+        origin = Origin(actor, address, _trace_headers(request))
+        conversation = self._conversation(request, route, actor, modern)
 
         def onward(call: Call | None) -> CIMultiDict[str]:
             return rules.to_upstream(
                 request.headers,
                 modern=modern and route.backend.by_headers,
-                authorization=self._http.forward_authorization,
+                authorization=self._authorization is True,
                 trace=call.trace.to_upstream if call else {},
+                asserting=self._authentication.asserting,
             )
 
         return Exchange(request, origin, conversation, route.sessions, modern, onward)
 
-    def _conversation(self, request: web.Request, route: Route, modern: bool) -> Conversation:
+    def _conversation(
+        self, request: web.Request, route: Route, actor: Actor, modern: bool
+    ) -> Conversation:
         """The session that the request names, or a conversation of its own.
 
         Raises:
@@ -198,15 +229,15 @@ class HttpProxy:
             version = claimed if route.backend.by_headers and not modern else None
             session = Session(self._table, protocol_version=version)
             return Conversation(session, route.server, "http", lasting=False)
-        conversation = route.sessions.find(session_id, self._actor.keys)
+        conversation = route.sessions.find(session_id, actor.keys)
         if conversation is None:
             raise ProtocolError("Session not found", status=404)
         return conversation
 
     # -------------------------------------------------------------- GET and DELETE
 
-    async def _get(self, request: web.Request, route: Route) -> web.StreamResponse:
-        exchange = self._exchange(request, route, None)
+    async def _get(self, request: web.Request, route: Route, actor: Actor) -> web.StreamResponse:
+        exchange = self._exchange(request, route, actor, None)
         resumes = route.backend.by_headers and "Last-Event-ID" in request.headers
         action: Literal["open", "resume"] = "resume" if resumes else "open"
         # A policy that says no and too many streams are answered alike: to every client 405 means
@@ -215,10 +246,10 @@ class HttpProxy:
             asking = self._pipeline.stream(exchange.conversation, action, exchange.origin)
             if await asking is not None:
                 return web.Response(status=405, headers={"Allow": "POST"})
-            return await route.backend.open_stream(exchange)
+            return await _until_expiry(exchange, route.backend.open_stream(exchange))
 
-    async def _delete(self, request: web.Request, route: Route) -> web.StreamResponse:
-        exchange = self._exchange(request, route, None)
+    async def _delete(self, request: web.Request, route: Route, actor: Actor) -> web.StreamResponse:
+        exchange = self._exchange(request, route, actor, None)
         if await self._pipeline.stream(exchange.conversation, "close", exchange.origin) is not None:
             return web.Response(status=405, headers={"Allow": "POST, GET"})
         return await route.backend.end_session(exchange)
@@ -233,6 +264,39 @@ class HttpProxy:
         for route in self._routes.values():
             for conversation in route.sessions:
                 self._pipeline.close(conversation)
+
+
+async def _until_expiry(
+    exchange: Exchange, streaming: Awaitable[web.StreamResponse]
+) -> web.StreamResponse:
+    """A stream lasts as long as the token that opened it; then it breaks, as when we were gone."""
+    token = exchange.origin.actor.token
+    if token is None:
+        return await streaming
+    timer = asyncio.timeout(max(0.0, token.expires_at - time.time()))
+    try:
+        async with timer:
+            return await streaming
+    except TimeoutError:
+        if not timer.expired():
+            raise
+    log.info("a stream has ended: the token that opened it has expired")
+    if exchange.request.transport is not None:
+        exchange.request.transport.close()
+    return web.Response(status=CLIENT_GONE)
+
+
+def _insufficient_scope(exchange: Exchange, route: Route, response: Response) -> dict[str, str]:
+    """The challenge to one whose token lacks a scope that the policy names; {} to others.
+
+    Who is answered on a stream, or by a result that a model reads, is told by the reasons alone.
+    """
+    call = exchange.call
+    if call is None or call.actor.token is None or response.error is None:
+        return {}
+    if call.verdict != "deny" or not route.backend.by_headers:
+        return {}
+    return insufficient(call.reasons, route.metadata)
 
 
 def _reply_to(error: ProtocolError) -> Response:

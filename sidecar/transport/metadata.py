@@ -1,18 +1,21 @@
 """What a client has to know before it has a token (RFC 9728, protected resource metadata).
 
-The document is the server's own: it is asked for it and its answer goes on untouched. `resource` in
-it has to be the URL that clients dial, which is the sidecar's.
+Where the sidecar verifies tokens and knows the URL that clients dial, the document is its own. Else
+it is the server's: it is asked for it and its answer goes on untouched. `resource` in it has to be
+the URL that clients dial, too.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from aiohttp import web
 from multidict import CIMultiDict
 
 from sidecar.errors import UpstreamError
+from sidecar.protocol.jsonrpc import dump_json
 from sidecar.transport import headers as rules
 from sidecar.transport.upstream import HttpUpstream
 
@@ -31,8 +34,34 @@ def well_known_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, well_known_path(parts.path), "", ""))
 
 
-class Metadata:
-    """The document of one server."""
+class Metadata(Protocol):
+    """The document of one resource."""
+
+    async def answer(self, request: web.Request) -> web.Response:
+        """Answer a request for it, which needs no token."""
+
+
+class OwnMetadata:
+    """The sidecar's word: whose tokens are good here."""
+
+    def __init__(self, resource: str, issuers: Sequence[str], scopes: Sequence[str]) -> None:
+        self.url = well_known_url(resource)
+        self._document = {
+            "resource": resource,
+            "authorization_servers": [*issuers],
+            **({"scopes_supported": [*scopes]} if scopes else {}),
+            "bearer_methods_supported": ["header"],
+        }
+
+    async def answer(self, request: web.Request) -> web.Response:
+        """The document."""
+        if request.method != "GET":
+            return web.Response(status=405, headers={"Allow": "GET"})
+        return web.json_response(body=dump_json(self._document))
+
+
+class ServersMetadata:
+    """The document of one server, as the server says it."""
 
     def __init__(self, upstream: HttpUpstream) -> None:
         self._upstream = upstream

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Literal
 
 from sidecar.config import Limits
 from sidecar.conversation import Call, Conversation, Origin, Server
-from sidecar.errors import MalformedMessage, ProtocolError, UpstreamError
+from sidecar.errors import MalformedMessage, ProtocolError, Unauthenticated, UpstreamError
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import (
     INTERNAL,
@@ -26,12 +27,22 @@ from sidecar.policy.enforcement import (
     Permitted,
     Reply,
     protocol_reply,
+    taken_back,
 )
-from sidecar.policy.identity import Actor
+from sidecar.policy.identity import UNKNOWN, Actor
 from sidecar.protocol.framing import FrameTooLarge, LineDecoder, refuse_raw_returns
-from sidecar.protocol.jsonrpc import Message, Request, RequestId, Strictness, decode, encode
+from sidecar.protocol.jsonrpc import (
+    Message,
+    Request,
+    RequestId,
+    Response,
+    Strictness,
+    decode,
+    encode,
+)
 from sidecar.protocol.methods import MethodTable
 from sidecar.protocol.session import Session
+from sidecar.rechecking import WITHDRAWN
 from sidecar.transport.peer import Peer
 from sidecar.transport.pipes import CHUNK, Reader, Writer
 from sidecar.transport.tasks import Tasks
@@ -54,7 +65,7 @@ class StdioProxy:
         peer: Peer,
         server: Server,
         table: MethodTable,
-        actor: Actor,
+        who: Callable[[], Awaitable[Actor]],
         strictness: Strictness,
         limits: Limits,
         stdin: Reader,
@@ -63,7 +74,7 @@ class StdioProxy:
         self._pipeline = pipeline
         self._peer = peer
         self._conversation = Conversation(Session(table), server, "stdio")
-        self._origin = Origin(actor)
+        self._who, self._origin = who, Origin(UNKNOWN)
         self._strictness = strictness
         self._limits = limits
         self._stdin = stdin
@@ -71,14 +82,15 @@ class StdioProxy:
         # A pool for each direction: messages that wait for a server which does not read must not
         # keep what it says from being read.
         self._inbound, self._outbound = Tasks(MAX_TASKS), Tasks(MAX_TASKS)
-        self._delivered = asyncio.Event()
+        self._delivered, self._withdrawn = asyncio.Event(), asyncio.Event()
+        self._conversation.end = self._withdrawn.set
 
     async def run(self, stopping: asyncio.Event) -> int:
         """Serve until the client, the server or `stopping` ends it; the server's exit code."""
         loop = asyncio.get_running_loop()
         reading = loop.create_task(self._read_client())
         serving = loop.create_task(self._read_server())
-        stop = loop.create_task(stopping.wait())
+        stop = loop.create_task(_either(stopping, self._withdrawn))
         try:
             await asyncio.wait({reading, serving, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
@@ -92,7 +104,7 @@ class StdioProxy:
             await self._outbound.cancel()
             self._pipeline.close(self._conversation)
 
-    async def _finish(self, reading: asyncio.Task[None], stop: asyncio.Task[bool]) -> None:
+    async def _finish(self, reading: asyncio.Task[None], stop: asyncio.Task[None]) -> None:
         """Take no more messages, and judge and forward those that came.
 
         The server's answers are waited for when it is we who end the conversation, and when the
@@ -148,16 +160,34 @@ class StdioProxy:
             self._refuse(error)
             await self._let_client_read()
             return
-        await self._inbound.spawn(self._from_client(message))
+        if await self._authenticate(message):
+            await self._inbound.spawn(self._from_client(message, self._origin))
+
+    async def _authenticate(self, message: Message) -> bool:
+        """Whether its sender is known, or need not be; one after the other, as messages came."""
+        try:
+            self._origin = Origin(await self._who())
+            return True
+        except Unauthenticated as error:
+            log.warning("a message was refused: %s", error.code)
+            self._origin = Origin(UNKNOWN)
+            if isinstance(message, Request):
+                error.request_id = message.id
+                self._refuse(error)
+                await self._let_client_read()
+            else:
+                self._pipeline.malformed(error)
+            return False
 
     def _refuse(self, error: ProtocolError) -> None:
         self._pipeline.malformed(error)
-        self._to_client(protocol_reply(error.request_id, error.rpc_code, str(error)))
+        reply = protocol_reply(error.request_id, error.rpc_code, str(error), error.data)
+        self._to_client(reply)
 
-    async def _from_client(self, message: Message) -> None:
+    async def _from_client(self, message: Message, origin: Origin) -> None:
         try:
             outcome, ticket, call = await self._pipeline.from_client(
-                self._conversation, message, self._origin, self._peer.ask
+                self._conversation, message, origin, self._peer.ask
             )
         except ProtocolError as error:
             self._refuse(error)
@@ -185,11 +215,19 @@ class StdioProxy:
     async def _send(
         self, permitted: Permitted, call: Call | None, sent: Callable[[], None]
     ) -> None:
+        if call is not None:
+            call.withdraw = partial(self._withdraw, permitted)
         try:
             await self._peer.send(permitted, call, sent)
         except UpstreamError as error:
             if call is not None:
                 self._fail(call, error)
+
+    async def _withdraw(self, permitted: Permitted, reply: Response) -> None:
+        """Answer a call in place of the server, which is told."""
+        self._to_client(reply)
+        self._delivered.set()
+        await self._send(taken_back(permitted, WITHDRAWN), None, _nothing)
 
     def _fail(self, call: Call, error: UpstreamError) -> None:
         response = self._pipeline.upstream_failed(self._conversation, call, error)
@@ -228,6 +266,12 @@ class StdioProxy:
         """Streams are actions of the client's, though it does not know that there are any."""
         return await self._pipeline.stream(self._conversation, action, self._origin) is None
 
+    def holding(
+        self, action: Literal["open", "resume"], end: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """They end when the policy would not let them begin any more."""
+        return self._pipeline.open.stream(self._conversation, action, self._origin, end)
+
     async def _from_server(self, message: Message, frame: bytes) -> None:
         try:
             delivery = await self._pipeline.from_server(self._conversation, message, self._origin)
@@ -252,6 +296,16 @@ class StdioProxy:
         self._peer.fail_asked(UpstreamError(why, sent=True))
         for call in self._conversation.calls.drain():
             self._fail(call, UpstreamError(why, sent=bool(call.forwarded)))
+
+
+async def _either(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waiting = [asyncio.get_running_loop().create_task(each.wait()) for each in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 def _nothing() -> None:

@@ -22,6 +22,7 @@ from sidecar.errors import MalformedMessage, UpstreamError, UpstreamTimeout
 from sidecar.policy.enforcement import Permitted
 from sidecar.protocol.framing import Event, EventDecoder, FrameTooLarge, LineDecoder, event_of
 from sidecar.protocol.jsonrpc import FROM_SERVER, Response, decode
+from sidecar.transport.credentials import TokenFile, fits_a_header
 
 CHUNK = 64 * 1024
 
@@ -33,9 +34,16 @@ class HttpUpstream:
     """Connections to one MCP endpoint."""
 
     def __init__(
-        self, url: str, *, connect: float, response: float | None, message_limit: int
+        self,
+        url: str,
+        *,
+        connect: float,
+        response: float | None,
+        message_limit: int,
+        token: TokenFile | None = None,
     ) -> None:
         self._url = URL(url)
+        self._token = token
         self._message_limit = message_limit
         self._timeout = aiohttp.ClientTimeout(
             total=None, connect=connect, sock_connect=connect, sock_read=None
@@ -114,6 +122,7 @@ class HttpUpstream:
         on_sent: Callable[[], None],
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         assert self._session is not None, "start() comes first"
+        headers = self._authorized(headers)
         progress = SimpleNamespace(sent=False, on_sent=on_sent)
         try:
             response = await self._begin(verb, headers, body, progress)
@@ -135,6 +144,17 @@ class HttpUpstream:
             # What was not read to its end must not wait in the pool; closing is what a server
             # takes as the cancellation of a stateless request.
             response.close() if not response.content.at_eof() else response.release()
+
+    def _authorized(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+        """With the token for the server, where one is configured, in place of any other."""
+        if self._token is None:
+            return headers
+        token = self._token.current()
+        if token is None or not fits_a_header(token):
+            raise UpstreamError("the token for the server can not be read", sent=False)
+        headers = headers.copy()
+        headers["Authorization"] = f"Bearer {token}"
+        return headers
 
     async def _begin(
         self, verb: str, headers: CIMultiDict[str], body: bytes | None, progress: SimpleNamespace

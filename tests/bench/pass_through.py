@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import uvloop
 
-from sidecar.config import Http, Limits, Listen
+from sidecar.config import Http, Identity, Limits, Listen
 from sidecar.conversation import Server
 from sidecar.pipeline import Pipeline
 from sidecar.policy.decision import Decision
@@ -20,6 +20,7 @@ from sidecar.policy.identity import Principal, static
 from sidecar.protocol.jsonrpc import FROM_CLIENT, JsonObject
 from sidecar.protocol.methods import MethodTable
 from sidecar.telemetry import Telemetry
+from sidecar.transport.authentication import Authentication
 from sidecar.transport.exchange import Route, Sessions
 from sidecar.transport.http import HttpProxy, serve
 from sidecar.transport.relay import HttpRelay
@@ -51,7 +52,7 @@ async def main(url: str) -> None:
         },
         metadata={},
         table=MethodTable.of(),
-        actor=static(Principal("human", "ana", "static")),
+        authentication=Authentication(Identity(static(Principal("human", "ana", "static")))),
         strictness=FROM_CLIENT,
         limits=limits,
         http=Http(),

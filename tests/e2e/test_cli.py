@@ -150,7 +150,7 @@ limits:
   client_mesage: 5
 upstreams:
   - {nam: tickets, url: "ftp://x"}
-identity: {source: jwt}
+identity: {source: mtls}
 """,
         encoding="utf-8",
     )

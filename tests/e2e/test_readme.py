@@ -125,6 +125,19 @@ def checks(newcomer: Newcomer, command: str) -> None:
     assert json.loads(done.stdout)["opa"]["policy"].endswith("/policy")
 
 
+def pins(newcomer: Newcomer, command: str) -> None:
+    """The check comes after the writing, as one reads."""
+    with ticket_desk(newcomer.folder / "log") as server:
+        newcomer.upstream = server.url
+        file = newcomer.folder / "pins.json"
+        said = newcomer.run(newcomer.sidecar(PIN.partition(" >")[0]))
+        assert said.returncode == 0, said.stderr
+        file.write_text(said.stdout, encoding="utf-8")
+        words = newcomer.sidecar(command.partition(" >")[0].replace("pins.json", str(file)))
+        assert newcomer.run(words).returncode == 0
+
+
+PIN = "mcp-sidecar pin --upstream http://127.0.0.1:8080/mcp > pins.json"
 RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "make demo": make_target,  # run by test_demo.py
     "make test": make_target,  # what runs this
@@ -138,6 +151,8 @@ RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "mcp-sidecar stdio --policy ./policy --actor agent:support-bot "
     "--upstream http://127.0.0.1:8080/mcp": bridges,
     "mcp-sidecar http --config sidecar.yaml --otlp http://localhost:4318": listens,
+    PIN: pins,
+    "mcp-sidecar pin --check pins.json --upstream http://127.0.0.1:8080/mcp": pins,
 }
 
 
