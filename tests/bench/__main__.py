@@ -1,12 +1,14 @@
 """`make bench`: what a call costs, as ratios of figures taken in one run on this machine.
 
 direct is client and server alone, pass-through the sidecar with a decider that says yes at once,
-full path the sidecar with its own OPA and the starter policy.
+full path the sidecar with its own OPA and the starter policy; with a token the same, where the
+caller is known by a bearer token, which is verified once and remembered until it expires.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import statistics
 import subprocess
@@ -15,11 +17,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
 from tests.bench import policy_cost
 from tests.bench.load import Cold, Measured, over_http, over_stdio
+from tests.support.identity import Idp, idp, policy
+from tests.support.issuing import claims
 
 ROOT = Path(__file__).parents[2]
 STARTER = ROOT / "policies" / "starter"
@@ -64,34 +69,46 @@ def cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
+def believing(folder: Path, issuer: Idp) -> list[str]:
+    """What makes a sidecar believe the issuer's tokens, as the starter policy does then."""
+    file = folder / "sidecar.yaml"
+    file.write_text(json.dumps({"identity": {"jwt": [issuer.believed()]}}), encoding="utf-8")
+    return ["--config", str(file), "--policy", str(policy(folder, issuer.url))]
+
+
 def http_table() -> None:
-    with running([*ECHO, "http"]) as echo:
+    with running([*ECHO, "http"]) as echo, TemporaryDirectory() as folder, idp() as issuer:
         upstream = port_of(echo)
         url = f"http://127.0.0.1:{upstream}/mcp"
-        full = ["http", "--policy", str(STARTER), "--actor", "human:ana", "--admin", "off"]
-        full += ["--listen", "127.0.0.1:0", "--upstream", url]
+        serving = [*SIDECAR, "http", "--admin", "off", "--listen", "127.0.0.1:0", "--upstream", url]
+        static = ["--policy", str(STARTER), "--actor", "human:ana"]
+        said = claims(sub="ana", client_id="desk-web", groups=["support"])
+        token = b"Authorization: Bearer %s\r\n" % issuer.token(said).encode()
         with (
             running([sys.executable, "-m", "tests.bench.pass_through", url]) as passing,
-            running([*SIDECAR, *full]) as sidecar,
+            running([*serving, *static]) as sidecar,
+            running([*serving, *believing(Path(folder), issuer)]) as asking,
         ):
-            ports = {
-                "direct": upstream,
-                "pass-through": port_of(passing),
-                "full path": sidecar_port(sidecar),
+            ways = {
+                "direct": (upstream, b""),
+                "pass-through": (port_of(passing), b""),
+                "full path": (sidecar_port(sidecar), b""),
+                "full path, token": (sidecar_port(asking), token),
             }
-            for port in ports.values():
-                asyncio.run(over_http(port, clients=4, calls=200))
-            _http_rows(ports)
-            _cpu_rows(ports["full path"], psutil.Process(sidecar.pid))
+            for port, more in ways.values():
+                asyncio.run(over_http(port, clients=4, calls=200, more=more))
+            _http_rows(ways)
+            _cpu_rows(ways["full path"][0], psutil.Process(sidecar.pid))
 
 
-def _http_rows(ports: dict[str, int]) -> None:
+def _http_rows(ways: dict[str, tuple[int, bytes]]) -> None:
     _heading("HTTP, tools/call", "clients")
     for clients in CLIENTS:
-        taken: dict[str, list[Measured]] = {name: [] for name in ports}
+        taken: dict[str, list[Measured]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
-            for name, port in ports.items():
-                taken[name].append(asyncio.run(over_http(port, clients=clients, calls=CALLS)))
+            for name, (port, more) in ways.items():
+                measured = over_http(port, clients=clients, calls=CALLS, more=more)
+                taken[name].append(asyncio.run(measured))
         direct = best(taken["direct"])
         for name, rounds in taken.items():
             _row(name, clients, best(rounds), direct)

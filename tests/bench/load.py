@@ -35,28 +35,31 @@ def call(number: int) -> bytes:
     ).encode()
 
 
-def http_request(number: int) -> bytes:
+def http_request(number: int, more: bytes = b"") -> bytes:
+    """The same over HTTP; `more` are header lines."""
     body = call(number)
     return (
         b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Accept: application/json, text/event-stream\r\n"
+        + more
+        + b"Accept: application/json, text/event-stream\r\n"
         b"MCP-Protocol-Version: 2026-07-28\r\nMcp-Method: tools/call\r\n"
         b"Mcp-Name: search_tickets\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     )
 
 
-async def over_http(port: int, *, clients: int, calls: int) -> Measured:
+async def over_http(port: int, *, clients: int, calls: int, more: bytes = b"") -> Measured:
     """`calls` calls over `clients` kept-alive connections, one at a time on each."""
     latencies: list[float] = []
     began = time.perf_counter()
-    await asyncio.gather(*(_client(port, calls // clients, latencies) for _ in range(clients)))
+    share = calls // clients
+    await asyncio.gather(*(_client(port, share, latencies, more) for _ in range(clients)))
     return _measured(latencies, time.perf_counter() - began)
 
 
-async def _client(port: int, calls: int, latencies: list[float]) -> None:
+async def _client(port: int, calls: int, latencies: list[float], more: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for number in range(calls):
-        request = http_request(number)
+        request = http_request(number, more)
         began = time.perf_counter()
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
