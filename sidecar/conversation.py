@@ -67,6 +67,7 @@ class Call:
     decision_id: str
     trace: TraceContext
     source_address: str | None = None
+    unverified: Mapping[str, str] = field(default_factory=dict)
     received: int = 0
     asked: int = 0
     answered: int = 0
@@ -163,11 +164,15 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a message came from: who sent it, and with which HTTP headers (lower-case names)."""
+    """Where a message came from: who sent it, and with which HTTP headers (lower-case names).
+
+    `headers` carry the trace, `unverified` are what the policy is shown of the others.
+    """
 
     actor: Actor
     source_address: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    unverified: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

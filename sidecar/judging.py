@@ -105,6 +105,7 @@ class Judge:
             transport=conversation.transport,
             time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             source_address=call.source_address,
+            unverified=call.unverified,
             trace_id=call.trace.trace_id,
             pod=self._pod,
         )

@@ -353,7 +353,8 @@ class Pipeline:
         listing = call.operation.method.listing
         if listing is not None and response.error is None:
             return await self._judge_page(conversation, call, listing, response)
-        origin, result = Origin(call.actor, call.source_address), response.result
+        origin = Origin(call.actor, call.source_address, unverified=call.unverified)
+        result = response.result
         if (refusal := await self._judge_embedded(conversation, result, origin)) is not None:
             return self._fail_answer(call, refusal)
         self.finish(call, _end_of_response(response), _error(response))

@@ -40,6 +40,7 @@ class Books:
             decision_id=decision_id(),
             trace=self.tracer.begin(meta if isinstance(meta, dict) else {}, origin.headers),
             source_address=origin.source_address,
+            unverified=origin.unverified,
             received=time.time_ns(),
         )
 

@@ -39,6 +39,9 @@ _ADDRESS = f"({_HOST})(?::({_PORT}))?"
 _URL = rf'https?://(?:{_HOST})(?::(?:{_PORT}))?(?:/[!"$->@-~]*)?'
 _PATH = r"(?!.*(?://|/\.\.?(?:/|$)))/[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 
+_PRIVATE = "authorization|proxy-authorization|cookie|mcp-session-id|x-api-key"
+_HEADER = f"(?!(?:{_PRIVATE})$)[a-z0-9_-]+"
+
 _principal = partial(Principal, issuer=STATIC_ISSUER)
 _any = text("a text that is not empty", "(?s).+")
 _flag = a_value("true or false", lambda value: isinstance(value, bool))
@@ -215,6 +218,7 @@ KEYS: Mapping[str, Key] = {
     "protocol.methods": [text("a method name", r"\S+")],
     "http.hosts": [text("a name in lower case, no port", r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")],
     "http.origins": [text("an origin in lower case", r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+")],
+    "http.unverified_headers": [text("a header in lower case that holds no secret", _HEADER)],
     "bridge.path": _path,
     "telemetry.otlp": _url,
     "telemetry.protocol": one_of("http/protobuf", "grpc"),

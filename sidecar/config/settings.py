@@ -143,6 +143,7 @@ class Http:
     hosts: tuple[str, ...] = ()  # Host names, lower case; (): loopback's on loopback, else any
     origins: tuple[str, ...] = ()  # Origins, lower case, besides loopback's on a loopback listen
     forward_authorization: bool | None = None  # to the upstream; None: unless it is verified here
+    unverified_headers: tuple[str, ...] = ()  # names, lower case, that the policy is shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,9 @@ OBLIGATIONS: tuple[str, ...] = ()
 class Environment:
     """Where and when: what the document says besides the message and its actor.
 
-    `time` is RFC 3339 in UTC. `pod` holds `name`, `namespace` and `service_account` where known.
+    `time` is RFC 3339 in UTC. `unverified` are HTTP headers that the configuration lets the policy
+    see, whatever the client wrote into them. `pod` holds `name`, `namespace` and `service_account`
+    where known.
     """
 
     enforcer_version: str
@@ -40,6 +42,7 @@ class Environment:
     source_address: str | None = None
     trace_id: str | None = None
     pod: Mapping[str, str] = field(default_factory=dict)
+    unverified: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +201,7 @@ def _context(environment: Environment, actor: Actor) -> JsonObject:
         source_address=environment.source_address,
         purpose=actor.purpose,
         pod=dict(environment.pod) or None,
-        unverified={"headers": {}},
+        unverified={"headers": dict(environment.unverified)},
         trace_id=environment.trace_id,
     )
 

@@ -34,6 +34,7 @@ REWRITTEN = frozenset({"host", "origin", "content-length", "content-type", "acce
 MODERN_ONLY = ("mcp-method", "mcp-name", "mcp-param-")
 SINGLE = ("host", "origin", "content-type", "content-length", "authorization", "mcp-session-id")
 ROUTING = ("mcp-protocol-version", "mcp-method", "mcp-name")
+MAX_SHOWN = 1024
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Headers = CIMultiDictProxy[str] | CIMultiDict[str]
@@ -125,6 +126,16 @@ def to_upstream(
         onward.add(name, value)
     onward.update({**trace, "Accept-Encoding": "identity"})
     return onward
+
+
+def shown_to_policy(headers: Headers, names: Iterable[str]) -> dict[str, str]:
+    """Those of `names` that are there, as far as they are text that every reader reads alike."""
+    found = {name: ", ".join(headers.getall(name, ())) for name in names if name in headers}
+    return {name: value for name, value in found.items() if _is_short_text(value)}
+
+
+def _is_short_text(value: str) -> bool:
+    return len(value) <= MAX_SHOWN and value.isprintable()
 
 
 def to_client(headers: Headers) -> CIMultiDict[str]:

@@ -201,7 +201,8 @@ class HttpProxy:
     ) -> Exchange:
         modern = message is not None and is_modern(message)
         address = self._authentication.source_address(request)
-        origin = Origin(actor, address, _trace_headers(request))
+        shown = rules.shown_to_policy(request.headers, self._http.unverified_headers)
+        origin = Origin(actor, address, _trace_headers(request), shown)
         conversation = self._conversation(request, route, actor, modern)
 
         def onward(call: Call | None) -> CIMultiDict[str]:

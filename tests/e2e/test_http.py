@@ -28,9 +28,19 @@ from tests.support.processes import (
     ticket_desk,
     wait_until,
 )
+from tests.support.raw import code, mirrors, modern, post
 
 ANA = ("--policy", STARTER, "--actor", "human:ana")
 TICKET = {"id": 4711}
+
+
+TENANT = """package mcp.custom
+
+allow contains {"rule": "blue", "any": true} if {
+	input.target.type == "tool"
+	input.context.unverified.headers == {"x-tenant": "blue"}
+}
+"""
 
 
 class Desk:
@@ -284,3 +294,22 @@ async def test_several_servers_have_a_path_each(tickets: Desk, tmp_path: Path) -
     records = [json.loads(line) for line in audit.read_text(encoding="utf-8").splitlines()]
     called = [each["server"] for each in records if each["method"] == "tools/call"]
     assert called == ["first", "first", "second", "second"]
+
+
+def test_the_policy_sees_the_headers_on_the_list_and_no_others(tickets: Desk) -> None:
+    folder = tickets.folder / "by-tenant"
+    folder.mkdir()
+    (folder / "custom.rego").write_text(TENANT, encoding="utf-8")
+    file = tickets.folder / "tenant.yaml"
+    file.write_text('{"http": {"unverified_headers": ["x-tenant"]}}', encoding="utf-8")
+    front = tickets.guard(tickets.start().url, "--policy", folder, "--config", file)
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
+    message = {**call, "params": {"name": "get_ticket", "arguments": TICKET}}
+
+    def answer(*headers: tuple[str, str]) -> int | None:
+        whole = modern(message)
+        return code(post(front.url, whole, (*mirrors(message), *headers)).message)
+
+    assert answer(("X-Tenant", "blue"), ("X-Other", "x")) is None
+    assert answer(("X-Tenant", "red")) == answer() == answer(("X-Other", "blue")) == -31403
+    assert done(tickets.log) == ["get_ticket"]

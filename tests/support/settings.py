@@ -55,6 +55,7 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
     resources: {refund_ticket: 'ticket:{id}', pay: 'account:{from.id}'}
     protocol: {big_integers: pass, methods: [vendor/ping]}
     http: {hosts: [tickets.example, '[::1]'], forward_authorization: false,
+      unverified_headers: [x-tenant],
       origins: ['https://app.example:8443', 'vscode-webview://abc']}
     bridge: {path: /tickets, shared: true}
     telemetry: {otlp: 'http://collector:4318', protocol: grpc, exporter: console, ratio: 0.1,
@@ -80,6 +81,7 @@ ODD: tuple[Any, ...] = (
     *("https://h:65536", "https://[::1]:1/a@b", "http://", "http://:80", "http:// h", "ftp://h"),
     *("unix:///a/b", "unix:///", "unix:///a/", "unix:a", "unix://h/a", "unix-stdio:///a", "stdout"),
     *([], {}, ["a"], ["a", "a"], [1], [""], ["A b"], ["https://a.example"], ["*"], [None]),
+    *(["cookie"], ["x-tenant"], ["X-Tenant"], ["authorization"], ["authorization-hint"]),
     *({"a": 1}, [[]], [{}], {"b": None}),
     *([{"url": "http://h/mcp"}], [{"url": "http://h/sse"}], [{"name": "a"}], [{"url": 1}]),
     *([{"url": "http://h", "path": path} for path in ("a", "/a/", "//a", "/a/..", "/%61", "/a?b")]),

@@ -152,6 +152,12 @@ def test_what_is_not_known_is_an_absent_key() -> None:
     assert None not in list(_values(question))
 
 
+def test_headers_that_may_be_shown_are_unverified() -> None:
+    place = replace(BARE, unverified={"x-tenant": "blue"})
+    question = ask(receive(modern("tools/call", name="t")), identity.UNKNOWN, place)
+    assert question["context"]["unverified"] == {"headers": {"x-tenant": "blue"}}
+
+
 def _values(value: Any) -> Any:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     yield value

@@ -203,3 +203,18 @@ def test_authorization_goes_on_only_where_that_is_configured() -> None:
 def test_answers_lose_what_belongs_to_the_connection() -> None:
     answer = made(("Content-Length", "5"), ("Connection", "close"), ("WWW-Authenticate", "Bearer"))
     assert list(rules.to_client(answer)) == ["WWW-Authenticate"]
+
+
+def test_the_policy_is_shown_listed_headers_as_far_as_they_are_text() -> None:
+    names = ("x-tenant", "x-twice", "x-odd", "x-long", "x-tab", "x-none")
+    sent = made(
+        ("X-Tenant", "blue"),
+        ("X-Twice", "a"),
+        ("x-twice", "b"),
+        ("X-Odd", "\udcff"),
+        ("X-Long", "x" * 1025),
+        ("X-Tab", "a\tb"),
+        ("X-Other", "not asked for"),
+    )
+    assert rules.shown_to_policy(sent, names) == {"x-tenant": "blue", "x-twice": "a, b"}
+    assert rules.shown_to_policy(sent, ()) == {}
