@@ -314,6 +314,8 @@ def test_the_server_of_a_session_serves_its_owner(tmp_path: Path, opa_bin: Path)
         }
         opened = post(front.url, initialize(), [tokens["ana"]])
         session = ("Mcp-Session-Id", opened.headers["mcp-session-id"])
+        greeting = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        assert post(front.url, greeting, [tokens["ana"], session]).status == 202
         message = call(1, "say")
         assert post(front.url, message, [tokens["ana"], session]).status == 200
         assert post(front.url, message, [tokens["bot"], session]).status == 404
