@@ -3,7 +3,11 @@
 `decision` is written before anything is forwarded, and when it can't be written nothing is let
 through; `outcome` is written when the call has ended. Both carry the decision id, by which they
 belong together, and the trace id. Principals are there by type, id, issuer and key; arguments by
-their digest; claims, results, tokens and raw session ids never.
+their digest; claims, tokens and raw session ids never. Arguments and results are there, masked,
+when that is switched on (`recording.Content`).
+
+Who is not let in leaves a record of its own, `refused`: why, from where and at which path. Of each
+reason only so many are written in a minute, and the next one says how many were not.
 
 A record is one `write` of a whole line to a descriptor that appends, so processes that share a file
 do not tear each other's lines (in a pipe: up to PIPE_BUF). A line that was torn all the same, by a
@@ -16,16 +20,18 @@ import logging
 import os
 import stat
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sidecar.conversation import Call
+from sidecar.conversation import Call, Stranger
 from sidecar.errors import AuditError, ConfigError
 from sidecar.policy.document import session_digest
 from sidecar.policy.identity import Principal
 from sidecar.protocol.catalog import digest
 from sidecar.protocol.jsonrpc import Json, JsonObject, dump_json
+from sidecar.recording import NO_CONTENT, Content
 
 if TYPE_CHECKING:
     from sidecar.config import Audit as Settings
@@ -35,6 +41,9 @@ log = logging.getLogger("sidecar.audit")
 MODE = 0o600
 MAX_LINE = 64 * 1024
 QUIET = 60.0
+
+MINUTE, MOST = 60.0, 10
+"""So many strangers of one reason are written down in that many seconds."""
 
 _LIMITS = ((1024, 64), (128, 16), (32, 8))
 """Longest string, longest list: of a record that is too long. The last pair is always enough."""
@@ -46,17 +55,27 @@ _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 class Audit:
     """A recorder of the pipeline that appends to a descriptor.
 
-    `path` is the file that `reopen` opens again; None when the descriptor is not ours.
+    `path` is the file that `reopen` opens again; None when the descriptor is not ours. `failures`
+    are records that could not be written.
     """
 
-    def __init__(self, fd: int, *, path: Path | None = None, sync: bool = False) -> None:
-        self._fd, self._path = fd, path
+    def __init__(
+        self,
+        fd: int,
+        *,
+        path: Path | None = None,
+        sync: bool = False,
+        content: Content = NO_CONTENT,
+    ) -> None:
+        self._fd, self._path, self._content = fd, path, content
         self._sync = sync and stat.S_ISREG(os.fstat(fd).st_mode)
         self._torn = False
         self._complained = float("-inf")
+        self._floods: dict[str, _Flood] = {}
+        self.failures = 0
 
     @classmethod
-    def open(cls, settings: Settings, *, stream: int) -> Audit:
+    def open(cls, settings: Settings, *, stream: int, content: Content = NO_CONTENT) -> Audit:
         """The record that the settings name; "-" is `stream`, a descriptor that stays open.
 
         Raises:
@@ -64,12 +83,13 @@ class Audit:
 
         """
         if settings.path is None or settings.path == "-":
-            return cls(stream, sync=settings.sync)
+            return cls(stream, sync=settings.sync, content=content)
         path = Path(settings.path)
         try:
-            return cls(os.open(path, _FLAGS, MODE), path=path, sync=settings.sync)
+            fd = os.open(path, _FLAGS, MODE)
         except OSError as error:
             raise ConfigError(f"audit.path: can not append to {path}: {error.strerror}") from error
+        return cls(fd, path=path, sync=settings.sync, content=content)
 
     def decided(self, call: Call) -> None:
         """Write down what was decided, before anything is let through.
@@ -78,19 +98,29 @@ class Audit:
             AuditError: it could not be written.
 
         """
-        if not _judged(call):
+        if not judged(call):
             return
         try:
-            self._append(line(_decision(call)))
+            self._append(line(decision_record(call, self._content)))
         except OSError as error:
             raise AuditError(f"the audit record could not be written: {error.strerror}") from error
 
     def finished(self, call: Call) -> None:
         """Write down what came of it. It has happened: a failure can only be complained of."""
-        if not _judged(call):
+        if not judged(call):
             return
         try:
-            self._append(line(_outcome(call)))
+            self._append(line(outcome_record(call, self._content)))
+        except OSError as error:
+            self._complain(error)
+
+    def refused(self, stranger: Stranger) -> None:
+        """Write down who was not let in; a flood of them is counted."""
+        flood = self._floods.setdefault(stranger.code, _Flood())
+        if (left_out := flood.admit(time.monotonic())) is None:
+            return
+        try:
+            self._append(line(stranger_record(stranger, time.time_ns(), left_out)))
         except OSError as error:
             self._complain(error)
 
@@ -115,6 +145,13 @@ class Audit:
             os.close(self._fd)
 
     def _append(self, record: bytes) -> None:
+        try:
+            self._write(record)
+        except OSError:
+            self.failures += 1
+            raise
+
+    def _write(self, record: bytes) -> None:
         whole = b"\n" + record if self._torn else record
         written = os.write(self._fd, whole)
         if written != len(whole):
@@ -129,6 +166,26 @@ class Audit:
         if now - self._complained >= QUIET:
             self._complained = now
             log.error("the audit record could not be written: %s", error.strerror)
+
+
+@dataclass(slots=True)
+class _Flood:
+    """What is alike: since when, how much of it was written down, and how much was not."""
+
+    since: float = float("-inf")
+    written: int = 0
+    left_out: int = 0
+
+    def admit(self, now: float) -> int | None:
+        """How many were left out before this one; None for one that is left out itself."""
+        if now - self.since >= MINUTE:
+            self.since, self.written = now, 0
+        if self.written == MOST:
+            self.left_out += 1
+            return None
+        self.written += 1
+        before, self.left_out = self.left_out, 0
+        return before
 
 
 def line(record: JsonObject) -> bytes:
@@ -153,12 +210,13 @@ def _cut(value: Json, longest: int, most: int) -> Json:
             return value
 
 
-def _judged(call: Call) -> bool:
+def judged(call: Call) -> bool:
     """Whether anybody decided: the policy, or the table by a refusal. Else there is no record."""
     return call.decision is not None or call.error is not None or call.verdict != "allow"
 
 
-def _decision(call: Call) -> JsonObject:
+def decision_record(call: Call, content: Content = NO_CONTENT) -> JsonObject:
+    """Who tried what, and what was decided."""
     decision, operation = call.decision, call.operation
     record = {
         **_heading("decision", call.answered or call.received, call),
@@ -166,6 +224,7 @@ def _decision(call: Call) -> JsonObject:
         "chain": [_principal(each) for each in call.actor.chain],
         "session": session_digest(operation.session_id),
         "arguments_digest": _arguments_digest(call),
+        "arguments": content.arguments_of(call),
         "reasons": [
             _present({"code": each.code, "message": each.message or None, "scope": each.scope})
             for each in call.reasons
@@ -180,13 +239,29 @@ def _decision(call: Call) -> JsonObject:
     return _present(record)
 
 
-def _outcome(call: Call) -> JsonObject:
+def outcome_record(call: Call, content: Content = NO_CONTENT) -> JsonObject:
+    """What came of it."""
     record = {
         **_heading("outcome", call.finished, call),
         "outcome": call.outcome,
         "rpc_error": call.rpc_error[0] if call.rpc_error else None,
         "forwarded": call.forwarded > 0,
+        "result": content.result_of(call),
         "milliseconds": _milliseconds(call.received, call.finished),
+    }
+    return _present(record)
+
+
+def stranger_record(stranger: Stranger, when: int, left_out: int) -> JsonObject:
+    """Who was not let in; `left_out` are those like it that have no record."""
+    record = {
+        "time": _rfc3339(when),
+        "type": "refused",
+        "reason": stranger.code,
+        "transport": stranger.transport,
+        "source_address": stranger.source_address,
+        "path": stranger.path,
+        "left_out": left_out or None,
     }
     return _present(record)
 

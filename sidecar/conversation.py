@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from sidecar.errors import DecisionError
+from sidecar.offers import Offer, Offers
 from sidecar.policy import document
 from sidecar.policy.decision import Decision, Mode, Reason
-from sidecar.policy.enforcement import Permitted, Refusal
+from sidecar.policy.enforcement import Grounds, Permitted, Refusal
 from sidecar.policy.identity import Actor
 from sidecar.protocol.catalog import Catalog, Lookup, digest
-from sidecar.protocol.jsonrpc import JsonObject, Request, RequestId, Response
+from sidecar.protocol.jsonrpc import JsonObject, Notification, Request, RequestId, Response
 from sidecar.protocol.mapping import fill
 from sidecar.protocol.session import Bounded, Operation, Outstanding, Session, Target
 from sidecar.protocol.validation import Validation
@@ -32,8 +33,14 @@ Verdict = Literal["allow", "deny", "error"]
 End = Literal["success", "tool_error", "denied", "policy_error", "upstream_error", "cancelled"]
 Transport = Literal["stdio", "http"]
 
+Address = tuple[str, int]
+"""Host and port."""
+
 Withdraw = Callable[[Response], Awaitable[None]]
 """Ends a call that is on its way: the client gets this answer, and the server is told."""
+
+Tell = Callable[[Notification], Awaitable[None]]
+"""Writes a message to a stream that the client reads, outside of any answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,8 @@ class Call:
     Times are nanoseconds since the epoch, 0 for what did not happen. `verdict` is what the policy
     (or the table of methods) said, `outcome` what came of it, set exactly once. `suspended`: its
     stream is gone, and its answer may come on another one. `withdrawn`: the policy has taken back
-    what it had allowed; `withdraw` is how the transport that has it on its way ends it.
+    what it had allowed; `withdraw` is how the transport that has it on its way ends it. `result` is
+    the server's, until the end of the call is written down.
     """
 
     operation: Operation
@@ -67,6 +75,7 @@ class Call:
     decision_id: str
     trace: TraceContext
     source_address: str | None = None
+    server_address: Address | None = None
     unverified: Mapping[str, str] = field(default_factory=dict)
     received: int = 0
     asked: int = 0
@@ -83,10 +92,18 @@ class Call:
     resource: str | None = None
     outcome: End | None = None
     rpc_error: tuple[int, str] | None = None
+    result: Any = None
     cancelled: bool = False
     suspended: bool = False
     withdrawn: Refusal | None = None
     withdraw: Withdraw | None = None
+    tell: Tell | None = None
+
+    @property
+    def grounds(self) -> Grounds:
+        """What it rests on by now."""
+        revision = self.decision.revision if self.decision else None
+        return Grounds(self.decision_id, self.actor.chain, self.operation.targets, revision)
 
     @property
     def request_id(self) -> RequestId | None:
@@ -105,11 +122,37 @@ class Recorder(Protocol):
         """Exactly once, when `outcome` is known."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """Who was not let in: a credential is refused, or missing. Nothing of it is here."""
+
+    code: str
+    transport: Transport
+    source_address: str | None = None
+    path: str | None = None
+
+
+@runtime_checkable
+class Doorkeeper(Protocol):
+    """A recorder that also writes down who was not let in."""
+
+    def refused(self, stranger: Stranger) -> None:
+        """Never raises: nothing depends on it."""
+
+
 class Tracer(Protocol):
     """Who joins the client's trace and names our spans."""
 
-    def begin(self, meta: Mapping[str, object], headers: Mapping[str, str]) -> TraceContext:
-        """The context of one action, from the message's `_meta` or the HTTP headers."""
+    def begin(
+        self,
+        meta: Mapping[str, object],
+        headers: Mapping[str, str],
+        cause: TraceContext | None = None,
+    ) -> TraceContext:
+        """The context of one action, from the message's `_meta` or the HTTP headers.
+
+        `cause` is that of the action which this one goes on with.
+        """
 
     def malformed(self, code: str) -> None:
         """Count a message that was refused before it was anybody's action."""
@@ -166,13 +209,15 @@ class Ticket:
 class Origin:
     """Where a message came from: who sent it, and with which HTTP headers (lower-case names).
 
-    `headers` carry the trace, `unverified` are what the policy is shown of the others.
+    `headers` carry the trace, `unverified` are what the policy is shown of the others. `cause` is
+    the action that the message belongs to, where that is known.
     """
 
     actor: Actor
     source_address: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     unverified: Mapping[str, str] = field(default_factory=dict)
+    cause: TraceContext | None = None
 
 
 @dataclass(slots=True)
@@ -180,25 +225,33 @@ class Server:
     """What is known of one MCP server, across its conversations.
 
     `resources` are templates by tool; `validation` is None where arguments are not held against
-    schemas; `refresh` is how many seconds the sidecar's own listing of
-    the tools is good for, `due` when the next one is, by the loop's clock.
+    schemas; `refresh` is how many seconds the sidecar's own listing is good for. `address` is None
+    for one behind pipes.
     """
 
     name: str
-    catalog: Catalog = field(default_factory=Catalog)
+    address: Address | None = None
+    offers: Offers = field(default_factory=Offers)
     resources: Mapping[str, str] = field(default_factory=dict)
     validation: Validation | None = None
     refresh: float = 300.0
-    due: float | None = None
     tasks: Bounded[str, document.Task] = field(default_factory=lambda: Bounded(MAX_TASKS))
     rounds: Bounded[str, int] = field(default_factory=lambda: Bounded(MAX_ROUNDS))
-    learning: asyncio.Task[None] | None = None
 
-    def facts(self, operation: Operation, target: Target) -> document.Facts:
-        """What is known of a target, for the input document."""
-        tool = self.catalog.look_up(target.name) if target.type == "tool" else Lookup(None)
+    @property
+    def catalog(self) -> Catalog:
+        """The tools that are offered to whoever brings no credentials."""
+        return self.offers.shared.tools
+
+    def facts(
+        self, operation: Operation, target: Target, offer: Offer | None = None
+    ) -> document.Facts:
+        """What is known of a target, for the input document, where `offer` is the caller's."""
+        offer, is_tool = offer or self.offers.shared, target.type == "tool"
+        tool = offer.tools.look_up(target.name) if is_tool else Lookup(None)
         return document.Facts(
             tool=tool,
+            known=None if is_tool else offer.known(target.type, target.name),
             resource=self._resource(operation, target, tool),
             arguments_valid=self._valid(operation, tool),
             task=self.tasks.get(target.name) if "task" in (target.type, target.kind) else None,
@@ -240,7 +293,10 @@ class Conversation:
     """One pipe, HTTP session or stateless POST: its state, its order, and a way to ask its server.
 
     `lasting` says whether answers may still come when a connection is gone. `end` is how its
-    transport ends it for good; None where there is nothing to be ended but its calls.
+    transport ends it for good; None where there is nothing to be ended but its calls. `opened` is
+    the trace of its newest stream. `caller` is
+    who its server may offer something else than to others; None where that is nobody's matter.
+    `tell` is there as long as the client has a stream for what answers nothing.
     """
 
     session: Session
@@ -252,7 +308,15 @@ class Conversation:
     turn: Turn = field(default_factory=Turn)
     greeted: asyncio.Event = field(default_factory=asyncio.Event)
     discovering: asyncio.Future[bool] | None = None
+    opened: TraceContext | None = None
     end: Callable[[], None] | None = None
+    caller: Hashable | None = None
+    tell: Tell | None = None
+
+    @property
+    def offer(self) -> Offer:
+        """What its caller is offered."""
+        return self.server.offers.to(self.caller)
 
 
 Ask = Callable[[Permitted], Awaitable[Response]]

@@ -18,6 +18,7 @@
     │   ├── DecisionUnavailable  OPA not reached, late, or failing: may be tried again
     │   └── DecisionInvalid      undefined, wrong shape, evaluation error: asking again won't help
     ├── AuditError               the record could not be written, so nothing is let through
+    ├── InjectionRefused         a pod asks for the sidecar in a way that can't be done safely
     └── UpstreamError            the server refused or died
         └── UpstreamTimeout      the server did not answer in time
 
@@ -37,6 +38,8 @@ RefusalCode = Literal[
     "token_key_unknown",  # the issuer has no key by that id
     "keys_unavailable",  # the issuer's keys were never had, or for too long not refreshed
     "token_signature",
+    "token_rejected",  # the cluster that was asked does not take it for good
+    "review_unavailable",  # the cluster can not be asked
     "token_audience",  # for somebody else
     "token_expired",
     "token_not_yet_valid",  # `nbf` or `iat` in the future
@@ -44,11 +47,16 @@ RefusalCode = Literal[
     "token_binding",  # `cnf`: bound to a key, which is not checked here
     "chain_malformed",  # `act` is not what RFC 8693 says, or names a foreign principal
     "chain_too_long",
-    "workload_malformed",  # a certificate whose name can not be a workload's
+    "workload_malformed",  # a certificate without one SPIFFE id, or an authority's
+    "workload_domain",  # of a trust domain that is not listed
+    "workload_expired",  # the connection has outlived the certificate
     "proxy_malformed",  # a trusted proxy that does not name one principal
     "credentials_missing",  # there is none, and one is needed
 ]
 """Why a credential is refused."""
+
+_UNCHECKED = frozenset({"keys_unavailable", "review_unavailable"})
+"""What says nothing of the credential: it may be good, and may be shown again."""
 
 
 class SidecarError(Exception):
@@ -154,10 +162,10 @@ class Unauthenticated(ProtocolError):
     code = "unauthenticated"
     rpc_code = -31401
     status = 401
-    retryable = False
 
     def __init__(self, code: RefusalCode, message: str) -> None:
-        super().__init__(message, data={"reasons": [{"code": code}], "retryable": False})
+        self.retryable = code in _UNCHECKED
+        super().__init__(message, data={"reasons": [{"code": code}], "retryable": self.retryable})
         self.code = code
 
 
@@ -219,3 +227,9 @@ class UpstreamTimeout(UpstreamError):
 
     code = "upstream_timeout"
     rpc_code = -31504
+
+
+class InjectionRefused(SidecarError):
+    """A pod that can not be given a sidecar which nobody gets around; the text says why."""
+
+    code = "injection_refused"

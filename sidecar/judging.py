@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 from sidecar.conversation import Call, Conversation, Decider
 from sidecar.errors import DecisionError
 from sidecar.policy import document, enforcement
 from sidecar.policy.decision import Decision, combine
 from sidecar.policy.enforcement import Refusal, Rules
+from sidecar.protocol.catalog import Named
 from sidecar.protocol.jsonrpc import JsonObject, Response
 from sidecar.protocol.methods import Listing
 from sidecar.protocol.session import Target
+
+PAGE = 1000
+"""Items that are asked about at once, where no server says how many."""
 
 
 class Judge:
@@ -31,7 +36,7 @@ class Judge:
         version: str,
         deadline: float,
         listing_deadline: float,
-        pod: Mapping[str, str],
+        pod: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._decider = decider
         self._rules = rules
@@ -66,13 +71,36 @@ class Judge:
             call.actor,
             self._environment(conversation, call),
             tasks=conversation.server.tasks,
-            pins=conversation.server.catalog.pins,
+            pins=conversation.server.offers.pins,
         )
         try:
             decision = await self._query(call, question, self._listing_deadline)
         except DecisionError as error:
             return _undecided(call, error)
         return self._decided(call, decision)
+
+    async def visible(
+        self, conversation: Conversation, call: Call, listing: Listing, entries: Sequence[Named]
+    ) -> set[str]:
+        """The names that the call would be shown of what the catalog has. Raises DecisionError."""
+        shown: set[str] = set()
+        for start in range(0, len(entries), PAGE):
+            page = entries[start : start + PAGE]
+            question = document.build_relisting(
+                call.operation,
+                listing,
+                page,
+                call.actor,
+                self._environment(conversation, call),
+                pins=conversation.server.offers.pins,
+            )
+            decision = await self._query(call, question, self._listing_deadline)
+            names = {each.name for each in page}
+            if self._decided(call, decision) is not None:
+                continue
+            unfiltered = decision.visible is None or enforcement.shadowed(decision, self._rules)
+            shown |= names if unfiltered else names & (decision.visible or frozenset())
+        return shown
 
     def _decided(self, call: Call, decision: Decision) -> Refusal | None:
         refusal, call.mode = enforcement.judge(decision, self._rules)
@@ -82,7 +110,7 @@ class Judge:
         return refusal
 
     async def _decide(self, conversation: Conversation, call: Call, target: Target) -> Decision:
-        facts = conversation.server.facts(call.operation, target)
+        facts = conversation.server.facts(call.operation, target, conversation.offer)
         call.tool_known, call.tool_pinned = facts.tool.known, facts.tool.pinned
         call.resource = facts.resource
         environment = self._environment(conversation, call)
@@ -107,7 +135,7 @@ class Judge:
             source_address=call.source_address,
             unverified=call.unverified,
             trace_id=call.trace.trace_id,
-            pod=self._pod,
+            pod=self._pod(),
         )
 
 

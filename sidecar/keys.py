@@ -14,7 +14,7 @@ import logging
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from sidecar.policy.issuers import Issuer, KeySource, fetchable, same_origin
 from sidecar.policy.jwks import PublicKey
 from sidecar.policy.tokens import Token, Unverified
 from sidecar.protocol.jsonrpc import FROM_SERVER, JsonObject, parse_json
+from sidecar.reviewing import Post, Reviewer
 
 logger = logging.getLogger("sidecar.keys")
 
@@ -38,6 +39,15 @@ _FILE_LOOK = 1.0  # seconds between looks at a key file
 _DISCOVERY = "/.well-known/openid-configuration"
 
 
+@dataclass(slots=True)
+class Refreshes:
+    """How the keys of one issuer were refreshed; `problem` is why the last time failed."""
+
+    successes: int = 0
+    failures: int = 0
+    problem: str | None = None
+
+
 class IssuerKeys:
     """The keys of one issuer. `fetch` gets a URL, and `now` is Unix time."""
 
@@ -47,7 +57,7 @@ class IssuerKeys:
         self._keys: tuple[PublicKey, ...] = ()
         self._fetched: float | None = None
         self._tried: float | None = None
-        self._failed = False
+        self.refreshes = Refreshes()
         self._file: tuple[int, ...] | None = None
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -73,6 +83,11 @@ class IssuerKeys:
         if _over(self._fetched, age, self._now()):
             self._refresh()
         return self._keys if self._good() else ()
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the issuer last said that these are its keys; None before it has."""
+        return None if self._fetched is None else max(0.0, self._now() - self._fetched)
 
     async def warm(self) -> None:
         """Have the keys before the first token wants them; without them it will ask again."""
@@ -101,7 +116,8 @@ class IssuerKeys:
         if self._source.file is not None:
             self._read_file(self._source.file)
             return
-        pause = self._source.retry if self._failed else self._source.interval
+        failed = self.refreshes.problem is not None
+        pause = self._source.retry if failed else self._source.interval
         if _over(self._tried, pause, self._now()):
             self._tried = self._now()
             # Held here until `close`, which is what the ban on `asyncio.create_task` is about.
@@ -114,8 +130,8 @@ class IssuerKeys:
             self._take(await self._fetch(self._source, url))
         except (KeysUnusable, MalformedMessage) as error:
             self._fail(str(error))
-        except Exception:
-            self._failed = True
+        except Exception as error:
+            self._failed(type(error).__name__)
             logger.exception("keys_refresh_failed issuer=%s", self._issuer.name)
 
     async def _discovered(self) -> str:
@@ -154,20 +170,28 @@ class IssuerKeys:
         keys = jwks.read_keys(content)
         if not keys:
             raise KeysUnusable("the key set has no key that can verify")
-        if keys != self._keys or self._failed:
+        if keys != self._keys or self.refreshes.problem is not None:
             logger.info("keys_refreshed issuer=%s keys=%d", self._issuer.name, len(keys))
-        self._keys, self._fetched, self._failed = keys, self._now(), False
+        self._keys, self._fetched = keys, self._now()
+        self.refreshes.successes += 1
+        self.refreshes.problem = None
 
     def _fail(self, why: str) -> None:
-        if not self._failed:
+        if self.refreshes.problem is None:
             logger.warning("keys_refresh_failed issuer=%s error=%s", self._issuer.name, why)
-        self._failed = True
+        self._failed(why)
+
+    def _failed(self, why: str) -> None:
+        self.refreshes.failures += 1
+        self.refreshes.problem = why
 
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
+    """A token, and whether what it was believed by is still so."""
+
     token: Token
-    key: PublicKey
+    is_good: Callable[[], bool]
 
 
 class Authenticator:
@@ -180,21 +204,34 @@ class Authenticator:
     issuer still has the key and its keys are still good. The issuers are frozen; other settings are
     another `Authenticator`.
 
-    It would not be safe for what is no property of the bytes: an answer of the issuer about the
-    token (introspection, TokenReview), or a proof of possession that belongs to one connection or
-    request. And it does not see a token that its issuer takes back before it expires; nor does
-    verifying anew. That is what the policy's revocation data is for.
+    It would not be safe for what is no property of the bytes: a proof of possession that belongs to
+    one connection or request. What a cluster says of a token (TokenReview) is none either, so it is
+    remembered for the few seconds of `Review.remember` and no longer. And it does not see a token
+    that its issuer takes back before it expires; nor does verifying anew. That is what the policy's
+    revocation data is for.
     """
 
     def __init__(
-        self, issuers: Sequence[Issuer], *, fetch: Fetch | None = None, now: Clock = time.time
+        self,
+        issuers: Sequence[Issuer],
+        *,
+        fetch: Fetch | None = None,
+        post: Post | None = None,
+        now: Clock = time.time,
     ) -> None:
         self._now = now
         self._issuers = {each.name: each for each in issuers}
         if len(self._issuers) != len(issuers):
             raise ValueError("an issuer is configured once")
         self._keys = {
-            each.name: IssuerKeys(each, fetch or fetch_url, now) for each in self._issuers.values()
+            each.name: IssuerKeys(each, fetch or fetch_url, now)
+            for each in self._issuers.values()
+            if each.review is None
+        }
+        self._reviewers = {
+            each.name: Reviewer(each, each.review, now, post)
+            for each in issuers
+            if each.review is not None
         }
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
 
@@ -212,16 +249,23 @@ class Authenticator:
         """Fetch every issuer's keys, so that the first calls need not wait for them."""
         await asyncio.gather(*(each.warm() for each in self._keys.values()))
 
+    @property
+    def keys(self) -> Mapping[str, IssuerKeys]:
+        """The keys of each issuer that has any here."""
+        return self._keys
+
     async def close(self) -> None:
-        """End the fetches that are going on."""
-        for each in self._keys.values():
-            await each.close()
+        """End what is going on."""
+        for keys in self._keys.values():
+            await keys.close()
+        for reviewer in self._reviewers.values():
+            await reviewer.close()
 
     def _remembered(self, digest: bytes) -> Token | None:
         found = self._verified.get(digest)
         if found is None:
             return None
-        if found.key not in self._keys[found.token.issuer.name].current():
+        if not found.is_good():
             del self._verified[digest]
             return None
         try:
@@ -239,12 +283,25 @@ class Authenticator:
             raise Unauthenticated("token_issuer", "the token's issuer is not believed here")
         if unverified.algorithm not in issuer.algorithms:
             raise Unauthenticated("token_algorithm", "the token's algorithm is not accepted")
-        key = await self._keys[issuer.name].find(unverified)
-        token = tokens.verify(unverified, issuer, key, self._now())
-        self._verified[digest] = _Verified(token, key)
+        if issuer.review is not None:
+            found = await self._reviewed(text, unverified, digest)
+        else:
+            found = await self._signed(unverified, issuer)
+        self._verified[digest] = found
         if len(self._verified) > MAX_VERIFIED:
             self._verified.popitem(last=False)
-        return token
+        return found.token
+
+    async def _signed(self, unverified: Unverified, issuer: Issuer) -> _Verified:
+        keys = self._keys[issuer.name]
+        key = await keys.find(unverified)
+        token = tokens.verify(unverified, issuer, key, self._now())
+        return _Verified(token, lambda: key in keys.current())
+
+    async def _reviewed(self, text: str, unverified: Unverified, digest: bytes) -> _Verified:
+        reviewer, asked = self._reviewers[unverified.issuer], self._now()
+        token = await reviewer.review(text, unverified, digest)
+        return _Verified(token, lambda: reviewer.is_fresh(asked))
 
 
 async def fetch_url(source: KeySource, url: str) -> bytes:

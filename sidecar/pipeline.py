@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sidecar.conversation import (
@@ -21,6 +21,7 @@ from sidecar.conversation import (
     End,
     Origin,
     Recorder,
+    Stranger,
     Ticket,
     Tracer,
 )
@@ -34,6 +35,7 @@ from sidecar.errors import (
 from sidecar.judging import Judge
 from sidecar.learning import learn, observe
 from sidecar.limits import Load, refuse_more_questions
+from sidecar.offers import CHANGED
 from sidecar.policy import enforcement
 from sidecar.policy.enforcement import (
     AnswerServer,
@@ -41,6 +43,7 @@ from sidecar.policy.enforcement import (
     Delivery,
     Drop,
     Forward,
+    Grounds,
     Outcome,
     Permitted,
     Refusal,
@@ -52,6 +55,7 @@ from sidecar.protocol.methods import Direction, Governed, Listing, Method
 from sidecar.protocol.session import Operation, Outstanding, embedded_questions
 from sidecar.rechecking import Action, Rechecking, stream_operation
 from sidecar.recording import Books
+from sidecar.relisting import Relisting
 
 log = logging.getLogger("sidecar.pipeline")
 
@@ -76,7 +80,7 @@ class Pipeline:
         listing_deadline: float = 2.0,
         catalog_wait: float = 2.0,
         load: Load | None = None,
-        pod: Mapping[str, str] | None = None,
+        pod: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._judge = Judge(
             decider=decider,
@@ -84,7 +88,7 @@ class Pipeline:
             version=version,
             deadline=deadline,
             listing_deadline=listing_deadline,
-            pod=pod or {},
+            pod=pod,
         )
         self._tracer = tracer
         self._books = Books(tracer, recorders)
@@ -92,6 +96,7 @@ class Pipeline:
         self._version = version
         self._catalog_wait = catalog_wait
         self.load = load or Load()
+        self.lists = Relisting(self._judge)
         self.open = Rechecking(self._judge, self._books, rules, finish=self.finish, lag=deadline)
 
     @property
@@ -141,8 +146,9 @@ class Pipeline:
         origin: Origin,
     ) -> Refusal | None:
         """Ask whether a stream may be opened, resumed or closed; None when it may."""
-        operation = stream_operation(conversation, action)
-        return await self._ask(conversation, self._open(conversation, operation, origin))
+        call = self._open(conversation, stream_operation(conversation, action), origin)
+        conversation.opened = call.trace
+        return await self._ask(conversation, call)
 
     async def from_server(
         self, conversation: Conversation, message: Message, origin: Origin
@@ -199,18 +205,31 @@ class Pipeline:
     def forget(self, conversation: Conversation) -> None:
         """Nobody can come back to this conversation: what is suspended in it is cancelled."""
         self.open.release(conversation)
+        self.lists.forget(conversation)
+        if conversation.lasting:
+            conversation.server.offers.forget(conversation.caller)
         for call in conversation.calls.drain_abandoned():
             self.finish(call, "cancelled")
+
+    def policy_changed(self) -> None:
+        """The policy or its data is not what it was."""
+        self.open.change()
+        self.lists.change()
 
     def malformed(self, error: ProtocolError) -> None:
         """Note a message that was refused before it was anybody's action."""
         log.warning("refused a message: %s", error)
         self._tracer.malformed(error.code)
 
+    def not_let_in(self, stranger: Stranger) -> None:
+        """Note somebody whose credential is refused, or who has none and needs one."""
+        self._books.refused(stranger)
+
     def finish(self, call: Call, outcome: End, rpc_error: tuple[int, str] | None = None) -> None:
         """Write down the end of a call, once; only the first end counts."""
         if self._books.finish(call, outcome, rpc_error):
             self.open.release(call)
+            self.lists.release(call)
             if not call.suspended:
                 self.load.end(call)
 
@@ -224,6 +243,7 @@ class Pipeline:
         match operation.method.governed:
             case Governed.DECISION:
                 self.open.hold_call(conversation, call)
+                ask = _on_behalf(call, ask)
                 await learn(conversation, operation, ask, self._version, self._catalog_wait)
                 refusal = await self._judge.action(conversation, call)
                 if refusal is not None:
@@ -248,7 +268,9 @@ class Pipeline:
         if isinstance(permitted, Refusal):
             return self._refuse(call, permitted)
         refusal = self._books.decided(call)
-        return Forward(permitted) if refusal is None else self._refuse(call, refusal)
+        if refusal is not None:
+            return self._refuse(call, refusal)
+        return Forward(permitted.on(call.grounds))
 
     def _refuse(self, call: Call, refusal: Refusal) -> Outcome:
         call.verdict, call.reasons = refusal.verdict, refusal.reasons
@@ -311,7 +333,7 @@ class Pipeline:
         if call is None:
             log.warning("dropped an answer that no server asked for")
             return Drop()
-        permitted = enforcement.answer_to_server(response, call.operation)
+        permitted = enforcement.answer_to_server(response, call.operation).on(call.grounds)
         self.finish(call, "success" if response.error is None else "tool_error", _error(response))
         return Forward(permitted)
 
@@ -353,7 +375,9 @@ class Pipeline:
         listing = call.operation.method.listing
         if listing is not None and response.error is None:
             return await self._judge_page(conversation, call, listing, response)
-        origin = Origin(call.actor, call.source_address, unverified=call.unverified)
+        origin = Origin(
+            call.actor, call.source_address, unverified=call.unverified, cause=call.trace
+        )
         result = response.result
         if (refusal := await self._judge_embedded(conversation, result, origin)) is not None:
             return self._fail_answer(call, refusal)
@@ -363,16 +387,17 @@ class Pipeline:
     def _note(self, conversation: Conversation, call: Call, response: Response) -> None:
         """Learn from an answer what later messages will be judged by."""
         name, result = call.operation.message.method, response.result
+        call.result = result
         if name == "initialize" and response.error is None:
             conversation.session.negotiated(response)
             self.open.hold_session(conversation, call)
         probe = conversation.discovering
         if name == "server/discover" and probe is not None and not probe.done():
             probe.set_result(response.error is None)
-        if name == "tools/list" and response.error is None:
-            observe(conversation.server.catalog, call.operation.params, response)
+        observe(conversation, call.operation, response)
         if isinstance(result, dict):
             conversation.server.remember(call.operation, call.actor, result)
+            self._books.answered(call, result)
 
     async def _judge_page(
         self, conversation: Conversation, call: Call, listing: Listing, response: Response
@@ -388,11 +413,13 @@ class Pipeline:
             return self._fail_answer(call, failed)
         self.finish(call, "success")
         assert call.decision is not None
+        shown = response
         if refusal is not None:
-            return _changed(response, enforcement.empty_page(response, listing))
-        if enforcement.shadowed(call.decision, self._rules):
-            return Deliver()
-        return _changed(response, enforcement.filter_page(response, listing, call.decision))
+            shown = enforcement.empty_page(response, listing)
+        elif not enforcement.shadowed(call.decision, self._rules):
+            shown = enforcement.filter_page(response, listing, call.decision)
+        self.lists.shown(conversation, call, listing, shown)
+        return Deliver(None if shown is response else shown)
 
     def _fail_answer(self, call: Call, refusal: Refusal) -> Delivery:
         """The client gets a refusal in place of the server's answer."""
@@ -428,8 +455,10 @@ class Pipeline:
     def _pass_from_server(
         self, conversation: Conversation, operation: Operation, origin: Origin
     ) -> Delivery:
-        if operation.message.method == "notifications/tools/list_changed":
-            conversation.server.catalog.forget()
+        if (family := CHANGED.get(operation.message.method)) is not None:
+            conversation.offer.forget(family)
+        if operation.message.method == "notifications/subscriptions/acknowledged":
+            self.lists.subscribed(conversation, operation.params)
         if operation.message.method == "notifications/cancelled":
             self._taken_back(conversation, operation.params.get("requestId"))
         if isinstance(operation.message, Request):
@@ -471,7 +500,8 @@ class Pipeline:
         response = enforcement.reply(call.operation, refusal, call.decision_id, self._rules)
         if response is None:
             return Drop()
-        return AnswerServer(enforcement.answer_to_server(response, call.operation))
+        answer = enforcement.answer_to_server(response, call.operation)
+        return AnswerServer(answer.on(call.grounds))
 
     def _refuse_server(
         self,
@@ -538,13 +568,15 @@ def _answered(waiting: Outstanding[Call], response: Response) -> Call | None:
     return None if call is not None and not call.forwarded else waiting.answer(response.id)
 
 
+def _on_behalf(call: Call, ask: Ask) -> Ask:
+    """A way to ask that names the caller: a server may list to each what is for them."""
+    grounds = Grounds(chain=call.actor.chain)
+    return lambda permitted: ask(permitted.on(grounds))
+
+
 def _permit(call: Call, rules: Rules) -> Permitted | Refusal:
     assert call.decision is not None
     return enforcement.by_decision(call.operation, call.decision, rules, call.trace.to_upstream)
-
-
-def _changed(response: Response, shown: Response) -> Deliver:
-    return Deliver(None if shown is response else shown)
 
 
 def _end_of(refused: Refusal | Call) -> End:

@@ -3,6 +3,8 @@
 Each is held with the action that began it, and is put to the policy anew by that. A stream ends
 with any refusal, a call or a session with a revocation only. No decision changes nothing, and comes
 again. A few are asked at a time, so that those who call meanwhile hardly notice.
+
+A stream also ends, and nobody is asked, when the evidence of whoever opened it is good no more.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from enum import IntEnum
 from typing import Literal
 
 from sidecar.conversation import Call, Conversation, End, Origin, decision_id
+from sidecar.errors import Unauthenticated
 from sidecar.judging import Judge
 from sidecar.policy import enforcement
+from sidecar.policy.decision import Reason
 from sidecar.policy.enforcement import Refusal, Rules
 from sidecar.protocol.jsonrpc import Notification
 from sidecar.protocol.methods import Direction, Governed, Method
@@ -37,8 +41,14 @@ AGAIN = 0.5
 TO_CLOSE = 1.0
 """Seconds that a client and its server have to take the end of a call."""
 
-WITHDRAWN = "the policy refuses now what it had allowed"
+WITHDRAWN = "what was allowed before is refused now"
 """What servers and logs are told."""
+
+EXPIRED = Refusal(
+    "deny",
+    (Reason("credential_expired", "the credential that opened it has expired"),),
+    Unauthenticated.rpc_code,
+)
 
 STREAM = Method("stream", "stream", "client", (), Governed.DECISION, "stream")
 
@@ -108,6 +118,7 @@ class Rechecking:
         self._due: dict[Held, None] = {}
         self._news = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
+        self._expiring: dict[Call | Conversation, asyncio.TimerHandle] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -126,11 +137,18 @@ class Rechecking:
         if conversation.end is not None:
             self._hold(Held(Kind.SESSION, conversation, call, conversation.end))
 
+    def hold_pipe(self, conversation: Conversation, origin: Origin) -> None:
+        """Somebody has been let through on a pipe that no handshake has begun."""
+        if conversation.end is not None and conversation not in self._held:
+            call = self._books.call(conversation, stream_operation(conversation, "open"), origin)
+            self._hold(Held(Kind.SESSION, conversation, call, conversation.end))
+
     @contextmanager
     def stream(
         self, conversation: Conversation, action: Action, origin: Origin, end: Callable[[], None]
     ) -> Iterator[None]:
         """A stream is open, which `end` closes."""
+        origin = replace(origin, cause=conversation.opened)
         call = self._books.call(conversation, stream_operation(conversation, action), origin)
         self._hold(Held(Kind.STREAM, conversation, call, end))
         try:
@@ -141,10 +159,18 @@ class Rechecking:
     def release(self, key: Call | Conversation) -> None:
         """It is over."""
         self._held.pop(key, None)
+        if (timer := self._expiring.pop(key, None)) is not None:
+            timer.cancel()
 
     def _hold(self, held: Held) -> None:
         """Keep it. A request is held before it is asked about, anything else only after that."""
         self._held[held.key] = held
+        ends = held.call.actor.expires_at
+        if held.kind is Kind.STREAM and ends is not None:
+            left = max(0.0, ends - time.time())
+            self._expiring[held.key] = asyncio.get_running_loop().call_later(
+                left, self._expire, held
+            )
         if not held.in_flight and held.call.received < self._changed + self._lag:
             self._due[held] = None
             self._news.set()
@@ -210,11 +236,11 @@ class Rechecking:
 
     def _again(self, held: Held) -> Call:
         """The same action, now: with a record of its own, unless that of the call is open."""
-        call = held.call
+        call, begin = held.call, self._books.tracer.begin
         return replace(
             call,
             decision_id=call.decision_id if held.in_flight else decision_id(),
-            trace=call.trace if held.in_flight else self._books.tracer.begin({}, {}),
+            trace=begin({}, {}, call.trace) if held.kind is Kind.SESSION else call.trace,
             received=time.time_ns(),
             asked=0,
             answered=0,
@@ -230,9 +256,13 @@ class Rechecking:
 
     # ------------------------------------------------------------------ ending
 
+    def _expire(self, held: Held) -> None:
+        if self._is_open(held):
+            self._end(held, self._again(held), EXPIRED)
+
     def _end(self, held: Held, asked: Call, refusal: Refusal) -> None:
         code = refusal.reasons[0].code
-        log.warning("ending a %s that the policy refuses now: %s", held.kind.name.lower(), code)
+        log.warning("ending a %s that is refused now: %s", held.kind.name.lower(), code)
         self.release(held.key)
         if held.in_flight:
             self._withdraw(held, asked, refusal)
@@ -253,13 +283,14 @@ class Rechecking:
         call.asked, call.answered = asked.asked, asked.answered
         call.verdict, call.reasons = refusal.verdict, refusal.reasons
         self._books.decided(call)
-        reply = enforcement.reply(call.operation, refusal, call.decision_id, self._rules)
-        waiting = held.conversation.calls
+        told = enforcement.too_late(refusal) if held.kind is Kind.CALL else refusal
+        reply = enforcement.reply(call.operation, told, call.decision_id, self._rules)
+        waiting, withdraw = held.conversation.calls, call.withdraw
         if waiting.get(call.request_id) is call:
             waiting.answer(call.request_id)
         self._finish(call, "denied", (refusal.rpc_code, refusal.reasons[0].code))
-        if call.withdraw is not None and reply is not None:
-            self._close(call.withdraw(reply))
+        if withdraw is not None and reply is not None:
+            self._close(withdraw(reply))
 
     def _close(self, work: Awaitable[None]) -> None:
         task = asyncio.get_running_loop().create_task(_within(TO_CLOSE, work))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from sidecar.errors import ConfigError
 
 if TYPE_CHECKING:
     from sidecar.config import Settings
     from sidecar.conversation import Server
-    from sidecar.protocol.catalog import Catalog
+    from sidecar.offers import Offers
     from sidecar.protocol.pins import Pins
-    from sidecar.telemetry import Telemetry
+    from sidecar.telemetry import Series, Telemetry
 
 log = logging.getLogger("sidecar")
 
@@ -38,23 +39,47 @@ def known_server(
     catalog = settings.catalog
     server = Server(
         name,
+        address=_address(settings, name),
         resources=settings.resources,
         validation=Validation() if catalog.validate else None,
         refresh=catalog.refresh,
     )
     if (path := pins or catalog.pins) is not None:
         seen = _stamp(path)
-        server.catalog.pins = load_pins(path).digests
-        watching = asyncio.get_running_loop().create_task(_watch(server.catalog, path, seen))
+        server.offers.pins = load_pins(path).digests
+        watching = asyncio.get_running_loop().create_task(_watch(server.offers, path, seen))
         stack.callback(watching.cancel)
     return server
 
 
 def observe(servers: Sequence[Server], traces: Telemetry) -> None:
     """Have the metrics tell what is found out of the servers' tools."""
-    traces.observe("authz.tools.unpinned", lambda: sum(s.catalog.unpinned() for s in servers))
+
+    def by_server(read: Callable[[Offers], float | None]) -> Callable[[], Series]:
+        def series() -> Series:
+            found = ((each.name, read(each.offers)) for each in servers)
+            return [({"authz.server": name}, value) for name, value in found if value is not None]
+
+        return series
+
+    traces.observe("authz.tools.unpinned", lambda: sum(s.offers.unpinned() for s in servers))
+    traces.observe("authz.catalog.tools", by_server(lambda offers: offers.tools()))
+    traces.observe("authz.catalog.complete", by_server(lambda offers: offers.complete()))
+    traces.observe("authz.catalog.pins", by_server(_pins))
     checks = [each.validation for each in servers if each.validation is not None]
     traces.observe("authz.arguments.unchecked", lambda: sum(each.unchecked for each in checks))
+
+
+def _pins(offers: Offers) -> int | None:
+    return None if offers.pins is None else len(offers.pins)
+
+
+def _address(settings: Settings, name: str) -> tuple[str, int] | None:
+    """Where a server listens; None for a command of ours."""
+    url = next((urlsplit(each.url) for each in settings.upstreams if each.name == name), None)
+    if url is None or url.hostname is None:
+        return None
+    return url.hostname, url.port or (443 if url.scheme == "https" else 80)
 
 
 def check_pins(settings: Settings) -> None:
@@ -83,7 +108,7 @@ def load_pins(path: Path) -> Pins:
         raise ConfigError(f"pins: {path}: {why}") from error
 
 
-async def _watch(catalog: Catalog, path: Path, seen: object) -> None:
+async def _watch(offers: Offers, path: Path, seen: object) -> None:
     """Take over the file whenever it changes; while it can not be read, the old pins are good."""
     while True:
         await asyncio.sleep(POLL)
@@ -91,7 +116,7 @@ async def _watch(catalog: Catalog, path: Path, seen: object) -> None:
             continue
         seen = now
         try:
-            catalog.pins = load_pins(path).digests
+            offers.pins = load_pins(path).digests
             log.info("pins: %s is in force", path)
         except ConfigError as error:
             log.error("%s; the earlier pins stay in force", error)

@@ -6,9 +6,9 @@ import asyncio
 import gc
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
@@ -17,9 +17,14 @@ from sidecar.cli.core import Core, server_names, started, strictness
 from sidecar.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sidecar.config import Settings
+    from ssl import SSLContext
+
+    from sidecar.config import Settings, Upstream
     from sidecar.conversation import Server
+    from sidecar.keys import IssuerKeys
     from sidecar.policy.identity import Actor
+    from sidecar.telemetry import Series, Telemetry
+    from sidecar.transport.assertion import Assertions
     from sidecar.transport.authentication import Verify
     from sidecar.transport.exchange import Backend, Route
     from sidecar.transport.metadata import Metadata, OwnMetadata
@@ -51,7 +56,7 @@ async def serve_stdio(settings: Settings) -> int:
             peer=await _peer(settings, server, stack),
             server=server,
             table=MethodTable.of(settings.protocol.methods),
-            who=await _who(settings, token, stack),
+            who=await _who(settings, token, core, stack),
             strictness=strictness(settings),
             limits=settings.limits,
             stdin=await open_stdin(),
@@ -74,10 +79,10 @@ def _token_source(settings: Settings) -> Callable[[], str | None]:
 
 
 async def _who(
-    settings: Settings, token: Callable[[], str | None], stack: AsyncExitStack
+    settings: Settings, token: Callable[[], str | None], core: Core, stack: AsyncExitStack
 ) -> Callable[[], Awaitable[Actor]]:
     """Who the client on our pipe is, asked for each of its messages."""
-    identity, verify = settings.identity, await _verify(settings, stack)
+    identity, verify = settings.identity, await _verify(settings, core, stack)
     if verify is None:
 
         async def configured() -> Actor:
@@ -101,7 +106,7 @@ async def _peer(settings: Settings, server: Server, stack: AsyncExitStack) -> Pe
     from sidecar.transport.remote_sse import SsePeer
 
     there = settings.upstreams[0]
-    upstream = await _upstream(settings, there.url, stack, there.token_file)
+    upstream = await _upstream(settings, there, stack)
     if there.transport == "sse":
         return SsePeer(upstream, settings.limits.connect)
     return HttpPeer(upstream, server.catalog, MethodTable.of(settings.protocol.methods))
@@ -114,6 +119,7 @@ async def serve_http(settings: Settings) -> int:
     from sidecar.transport.http import HttpProxy, serve
 
     assert settings.listen is not None
+    tls = _tls(settings)
     async with started(settings) as core, AsyncExitStack() as stack:
         routes = await _routes(settings, core, stack)
         observe([each.server for each in routes.values()], core.telemetry)
@@ -122,18 +128,19 @@ async def serve_http(settings: Settings) -> int:
             routes=routes,
             metadata=await _metadata(settings, stack),
             table=MethodTable.of(settings.protocol.methods),
-            authentication=Authentication(settings.identity, await _verify(settings, stack)),
+            authentication=Authentication(settings.identity, await _verify(settings, core, stack)),
             strictness=strictness(settings),
             limits=settings.limits,
             http=settings.http,
             listen=settings.listen,
         )
         try:
-            runner, (host, port) = await serve(proxy, settings.listen, settings.limits.drain)
+            runner, (host, port) = await serve(proxy, settings.listen, settings.limits.drain, tls)
         except OSError as error:
             raise ConfigError(f"listen: can not listen on {settings.listen}: {error}") from error
         for path, server in _served(settings):
-            log.info("listening on http://%s:%d%s for %s", host, port, path, server)
+            scheme = "http" if tls is None else "https"
+            log.info("listening on %s://%s:%d%s for %s", scheme, host, port, path, server)
         _calm_garbage_collector()
         await core.stopping.wait()
         log.info("stopping: finishing what is in flight")
@@ -143,7 +150,16 @@ async def serve_http(settings: Settings) -> int:
     return 0
 
 
+def _tls(settings: Settings) -> SSLContext | None:
+    """What connections are encrypted with; None where they are not."""
+    from sidecar.transport import tls
+
+    tls.check(settings)
+    return None if settings.tls is None else tls.Listening(settings.tls)
+
+
 async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict[str, Route]:
+    from sidecar.transport.callers import AUTHORIZATION, CREDENTIALS
     from sidecar.transport.exchange import Route, Sessions
     from sidecar.transport.relay import HttpRelay
     from sidecar.transport.sse import SseRelay
@@ -153,7 +169,7 @@ async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict
     documents = _own_metadata(settings)
     routes = {}
     for each in settings.upstreams:
-        upstream = await _upstream(settings, each.url, stack, each.token_file)
+        upstream = await _upstream(settings, each, stack)
         sessions = Sessions(settings.limits.sessions)
         server = known_server(settings, each.name, stack, each.pins)
         backend: Backend = HttpRelay(core.pipeline, upstream)
@@ -161,7 +177,9 @@ async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict
             backend = SseRelay(core.pipeline, upstream, sessions, settings.limits)
         document = documents.get(each.path)
         metadata = document.url if document else None
-        routes[each.path] = Route(backend, server, sessions, metadata)
+        credentials = CREDENTIALS - ({AUTHORIZATION} if each.token_file else set())
+        asserted = settings.assertion is not None
+        routes[each.path] = Route(backend, server, sessions, metadata, credentials, asserted)
     return routes
 
 
@@ -175,12 +193,17 @@ async def _metadata(settings: Settings, stack: AsyncExitStack) -> dict[str, Meta
         if len(own) == 1:
             found.setdefault(well_known_path("/"), *own.values())
         return found
-    wanted = {well_known_path(each.path): well_known_url(each.url) for each in settings.upstreams}
+    wanted = {
+        well_known_path(each.path): replace(each, url=well_known_url(each.url), token_file=None)
+        for each in settings.upstreams
+    }
     if len(settings.upstreams) == 1:
-        origin = urljoin(settings.upstreams[0].url, "/")
-        wanted.setdefault(well_known_path("/"), well_known_url(origin))
+        [only] = wanted.values()
+        origin = well_known_url(urljoin(settings.upstreams[0].url, "/"))
+        wanted.setdefault(well_known_path("/"), replace(only, url=origin))
     return {
-        path: ServersMetadata(await _upstream(settings, url, stack)) for path, url in wanted.items()
+        path: ServersMetadata(await _upstream(settings, there, stack))
+        for path, there in wanted.items()
     }
 
 
@@ -197,7 +220,7 @@ def _own_metadata(settings: Settings) -> dict[str, OwnMetadata]:
     return {path: OwnMetadata(url, issuers, identity.scopes) for path, url in urls.items()}
 
 
-async def _verify(settings: Settings, stack: AsyncExitStack) -> Verify | None:
+async def _verify(settings: Settings, core: Core, stack: AsyncExitStack) -> Verify | None:
     """How tokens are verified; None where they are not. The keys are fetched meanwhile."""
     if not settings.identity.issuers:
         return None
@@ -207,25 +230,57 @@ async def _verify(settings: Settings, stack: AsyncExitStack) -> Verify | None:
     warming = asyncio.get_running_loop().create_task(authenticator.warm(), name="warm keys")
     stack.push_async_callback(authenticator.close)
     stack.callback(warming.cancel)
+    _observe_keys(authenticator.keys, core.telemetry)
     return authenticator.authenticate
 
 
-async def _upstream(
-    settings: Settings, url: str, stack: AsyncExitStack, token_file: Path | None = None
-) -> HttpUpstream:
+def _observe_keys(keys: Mapping[str, IssuerKeys], traces: Telemetry) -> None:
+    """Have the metrics tell whether the issuers' keys can be had, and how old they are."""
+
+    def refreshes() -> Series:
+        for name, each in keys.items():
+            done = {"success": each.refreshes.successes, "failure": each.refreshes.failures}
+            for result, count in done.items():
+                yield {"authz.issuer": name, "authz.result": result}, count
+
+    def ages() -> Series:
+        known = ((name, each.age) for name, each in keys.items())
+        return [({"authz.issuer": name}, age) for name, age in known if age is not None]
+
+    traces.observe("authz.keys.refreshes", refreshes)
+    traces.observe("authz.keys.age", ages)
+
+
+async def _upstream(settings: Settings, there: Upstream, stack: AsyncExitStack) -> HttpUpstream:
     from sidecar.transport.credentials import TokenFile
     from sidecar.transport.upstream import HttpUpstream
 
     upstream = HttpUpstream(
-        url,
+        there.url,
         connect=settings.limits.connect,
         response=settings.limits.response,
         message_limit=settings.limits.server_message,
-        token=None if token_file is None else TokenFile(token_file),
+        token=None if there.token_file is None else TokenFile(there.token_file),
+        assertions=_assertions(settings, there),
     )
     await upstream.start()
     stack.push_async_callback(upstream.stop)
     return upstream
+
+
+def _assertions(settings: Settings, there: Upstream) -> Assertions | None:
+    """What signs for the server's requests; None where nothing does."""
+    said = settings.assertion
+    if said is None:
+        return None
+    from sidecar.transport.assertion import Assertions, KeyFile
+
+    return Assertions(
+        KeyFile(said.key),
+        issuer=said.issuer,
+        audience=said.audience or there.name,
+        lifetime=said.lifetime,
+    )
 
 
 def _bridge(settings: Settings, core: Core, stack: AsyncExitStack) -> Route:

@@ -15,6 +15,7 @@ from sidecar.config.keys import KEYS
 from sidecar.config.loading import load
 from sidecar.config.readers import Record
 from sidecar.config.settings import (
+    Assertion,
     Audit,
     Bridge,
     Catalog,
@@ -29,13 +30,16 @@ from sidecar.config.settings import (
     Protocol,
     Proxy,
     Settings,
+    Spiffe,
     Telemetry,
+    Tls,
     Upstream,
     describe,
 )
 
 __all__ = [
     "KEYS",
+    "Assertion",
     "Audit",
     "Bridge",
     "Catalog",
@@ -51,7 +55,9 @@ __all__ = [
     "Proxy",
     "Record",
     "Settings",
+    "Spiffe",
     "Telemetry",
+    "Tls",
     "Upstream",
     "describe",
     "load",

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sidecar.config.readers import (
-    SOURCES_LATER,
     Bad,
     Key,
     Later,
@@ -25,10 +24,18 @@ from sidecar.config.readers import (
     one_of,
     text,
 )
-from sidecar.config.settings import Listen, Proxy, Upstream, UpstreamTransport
+from sidecar.config.settings import (
+    Assertion,
+    Listen,
+    Proxy,
+    Spiffe,
+    Tls,
+    Upstream,
+    UpstreamTransport,
+)
 from sidecar.policy.actors import TypeRule
 from sidecar.policy.identity import STATIC_ISSUER, Actor, Principal, static
-from sidecar.policy.issuers import Issuer, KeySource
+from sidecar.policy.issuers import Issuer, KeySource, Review
 from sidecar.policy.jwks import ALGORITHMS
 from sidecar.protocol.mapping import TEMPLATE
 
@@ -39,8 +46,10 @@ _ADDRESS = f"({_HOST})(?::({_PORT}))?"
 _URL = rf'https?://(?:{_HOST})(?::(?:{_PORT}))?(?:/[!"$->@-~]*)?'
 _PATH = r"(?!.*(?://|/\.\.?(?:/|$)))/[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 
-_PRIVATE = "authorization|proxy-authorization|cookie|mcp-session-id|x-api-key"
+_PRIVATE = "authorization|proxy-authorization|cookie|mcp-session-id|mcp-sidecar-assertion|x-api-key"
 _HEADER = f"(?!(?:{_PRIVATE})$)[a-z0-9_-]+"
+
+_SHOWN = r"(?:arguments|result)(?:\.[^.]+)*"
 
 _principal = partial(Principal, issuer=STATIC_ISSUER)
 _any = text("a text that is not empty", "(?s).+")
@@ -54,12 +63,6 @@ _path = text("an absolute path without '//', '.', '..' and '%'", _PATH)
 
 def _file(value: Any) -> Path:
     return Path(_any(value))
-
-
-def _source(value: Any) -> Any:
-    if value in SOURCES_LATER:
-        raise Later(f"the source {value!r}", "static, none")
-    return one_of("static", "none")(value)
 
 
 def _upstream_url(value: Any) -> Any:
@@ -115,7 +118,8 @@ def _resources(value: Any) -> Mapping[str, str]:
 
 
 def _issuer(issuer: str, **said: Any) -> Issuer:
-    return Issuer(issuer, keys=said.pop("jwks", KeySource()), **said)
+    keys, review = said.pop("jwks", KeySource()), said.pop("token_review", None)
+    return Issuer(issuer, keys=keys, review=review, **said)
 
 
 def _network(value: Any) -> str:
@@ -161,7 +165,19 @@ JWT_KEYS: Mapping[str, Key] = {
     "groups": _any,
     **{name: [_any] for name in ("clients", "agents", "interactive", "actor_issuers")},
 }
-KUBERNETES_KEYS: Mapping[str, Key] = {**_ISSUER_KEYS, "pod_required": _flag}
+REVIEW_KEYS: Mapping[str, Key] = {
+    "url": _url,
+    **dict.fromkeys(("ca", "token_file"), _any),
+    "timeout": number(0.1, 60, int, float),
+    "remember": number(0, 60, int, float),
+    "concurrent": number(1, 1000, int),
+    "rate": number(1, 10_000, int),
+}
+KUBERNETES_KEYS: Mapping[str, Key] = {
+    **_ISSUER_KEYS,
+    "pod_required": _flag,
+    "token_review": Record(REVIEW_KEYS, (), Review),
+}
 TYPE_KEYS: Mapping[str, Key] = {
     "type": one_of("human", "service", "agent", "unknown"),
     "source": one_of("mtls", "kubernetes", "jwt", "proxy"),
@@ -173,7 +189,20 @@ TYPE_KEYS: Mapping[str, Key] = {
 PROXY_KEYS: Mapping[str, Key] = {
     "name": text("a text without '|'", r"[^|]+"),
     "peers": [_network],
-    **dict.fromkeys(("id_header", "groups_header"), _header),
+    **dict.fromkeys(("id_header", "groups_header", "certificate_header"), _header),
+}
+SPIFFE_KEYS: Mapping[str, Key] = {
+    "trust_domains": [text("a trust domain such as prod.example.com", "[a-z0-9._-]{1,255}")],
+}
+TLS_KEYS: Mapping[str, Key] = {
+    **dict.fromkeys(("cert", "key", "client_ca"), _file),
+    "client": one_of("optional", "required"),
+}
+ASSERTION_KEYS: Mapping[str, Key] = {
+    "key": _file,
+    "issuer": text("a text without '|'", r"[^|]+"),
+    "audience": _any,
+    "lifetime": number(5, 300, int),
 }
 _issued = ("issuer", "audiences")
 ACTOR_KEYS = {**PRINCIPAL_KEYS, "on_behalf_of": Record(PRINCIPAL_KEYS, ("type", "id"), _principal)}
@@ -185,12 +214,14 @@ KEYS: Mapping[str, Key] = {
     "policy.opa": text("a URL, or unix:///PATH of a socket", f"{_URL}|unix:///[!-~]*[!-.0-~]"),
     **dict.fromkeys(("policy.deadline", "policy.listing_deadline"), _seconds),
     **dict.fromkeys(("policy.poll", "policy.canary"), _seconds),
-    "identity.source": _source,
+    "policy.decision_log": one_of("off", "console"),
+    "identity.source": one_of("static", "none"),
     "identity.static": Record(ACTOR_KEYS, ("type", "id"), _actor),
     "identity.jwt": [Record(JWT_KEYS, _issued, _issuer)],
     "identity.kubernetes": Record(KUBERNETES_KEYS, _issued, partial(_issuer, kind="kubernetes")),
     "identity.types": [Record(TYPE_KEYS, ("type",), TypeRule)],
     "identity.proxy": Record(PROXY_KEYS, ("name", "peers"), Proxy),
+    "identity.spiffe": Record(SPIFFE_KEYS, ("trust_domains",), Spiffe),
     "identity.resource": _url,
     "identity.scopes": [text("a scope without spaces and quotes", r"[!#-\[\]-~]+")],
     "identity.token_file": _file,
@@ -219,15 +250,23 @@ KEYS: Mapping[str, Key] = {
     "http.hosts": [text("a name in lower case, no port", r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")],
     "http.origins": [text("an origin in lower case", r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+")],
     "http.unverified_headers": [text("a header in lower case that holds no secret", _HEADER)],
+    "assertion": Record(ASSERTION_KEYS, ("key",), Assertion),
     "bridge.path": _path,
+    "tls": Record(TLS_KEYS, ("cert", "key"), Tls),
     "telemetry.otlp": _url,
     "telemetry.protocol": one_of("http/protobuf", "grpc"),
     "telemetry.exporter": one_of("otlp", "console", "none"),
     "telemetry.ratio": number(0, 1, int, float),
+    **dict.fromkeys(("telemetry.arguments", "telemetry.results"), _flag),
+    **dict.fromkeys(("audit.arguments", "audit.results"), _flag),
+    "masking.shown": [text("a path such as arguments.id or result.structuredContent", _SHOWN)],
+    "masking.secrets": [text("a name in lower case, without separators", "[a-z0-9]+")],
+    "control": lambda value: None if value == "off" else _file(value),
     **dict.fromkeys(("server.name", "policy.binary", "telemetry.service_name", "audit.path"), _any),
     **dict.fromkeys(("identity.static_for_all", "bridge.shared", "audit.sync"), _flag),
     **dict.fromkeys(("identity.required", "http.forward_authorization"), _flag),
     **dict.fromkeys(("pod.name", "pod.namespace", "pod.service_account"), _any),
+    "pod.labels_file": _file,
     "log.format": one_of("text", "json"),
     "log.level": one_of("debug", "info", "warning", "error"),
 }
@@ -251,6 +290,7 @@ FLAGS: Mapping[str, str] = {
     "actor": "actor",
     "admin": "admin",
     "audit": "audit.path",
+    "control": "control",
     "otlp": "telemetry.otlp",
     "shadow": "enforcement.shadow",
     "listen": "listen",

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from sidecar.config.keys import FLAGS, FOREIGN, GROUPS, KEYS, PREFIX, READERS, VARIABLES
 from sidecar.config.readers import Bad, Later, Problems, mapping
 from sidecar.config.settings import (
+    Assertion,
     Audit,
     Bridge,
     Catalog,
@@ -36,9 +37,12 @@ from sidecar.config.settings import (
 from sidecar.errors import ConfigError, NotSupported
 from sidecar.policy.identity import UNKNOWN
 from sidecar.policy.issuers import Issuer
+from sidecar.policy.masking import Masking
 
-_VERIFIED = tuple(f"identity.{name}" for name in ("jwt", "kubernetes", "proxy", "required"))
+_SOURCES = tuple(f"identity.{name}" for name in ("jwt", "kubernetes", "proxy", "spiffe"))
+_VERIFIED = (*_SOURCES, "identity.required")
 _PIPED = ("identity.token_file", "identity.token_fd")
+_NOBODY = "nobody could come in: jwt, kubernetes, proxy or spiffe says whose credentials count"
 _TWO = "two servers: -- COMMAND, and --upstream URL"
 _ALONE = "listen on 127.0.0.1, or set identity.static_for_all"
 # Kubernetes sets these in every pod beside a Service whose name begins with `mcp-sidecar`.
@@ -154,6 +158,7 @@ def _disagreements(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]
         (not acting and "identity.static" in given, "identity.static: but identity.source is none"),
         (acting and not alone, f"listen: {listen} makes everybody the static actor; {_ALONE}"),
         *_credentials(mode, said, acting=acting),
+        *_asserted(command if mode == "http" else (), said.get("assertion"), servers),
         (mode == "stdio" and not served, "no server: stdio needs -- COMMAND, or --upstream URL"),
         (mode == "stdio" and len(servers) > 1 and not command, "upstreams: stdio takes one"),
         (mode == "http" and not served, "no server: http needs --upstream URL, or -- COMMAND"),
@@ -173,6 +178,8 @@ def _credentials(
     names, piped = [each.name for each in _issuers(said)], [each for each in _PIPED if each in said]
     for path in (*_VERIFIED, *_PIPED):
         yield acting and path in said, f"{path}: there is a static actor, and it excludes the rest"
+    nobody = not acting and not any(said.get(each, ()) != () for each in _SOURCES)
+    yield said.get("identity.required") and nobody, f"identity.required: {_NOBODY}"
     yield len({*names}) < len(names), "identity: an issuer is configured twice"
     yield len(piped) > 1, "identity.token_file and identity.token_fd exclude each other"
     yield mode == "http" and piped, f"{', '.join(piped)}: for stdio; with http, clients send tokens"
@@ -182,6 +189,15 @@ def _credentials(
         stdio and names and not piped,
         "identity: stdio needs token_file or token_fd to have a token that can be verified",
     )
+
+
+def _asserted(
+    command: tuple[str, ...], assertion: Assertion | None, servers: tuple[Upstream, ...]
+) -> Iterator[tuple[object, str]]:
+    """What is wrong with the header that the sidecar signs."""
+    several = assertion and assertion.audience is not None and len(servers) > 1
+    yield assertion and command, "assertion: it is for --upstream; who else reaches a command?"
+    yield several, "assertion.audience: of several upstreams, each is known by its own name"
 
 
 def _issuers(said: Mapping[str, Any]) -> tuple[Issuer, ...]:
@@ -206,7 +222,17 @@ def _build(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Set
     more = {name: value for name, value in identity.items() if name in known}
     cache = said.get("cache") or said.get("home", "/nonexistent") + "/.cache/mcp-opa-sidecar"
     admin = None if mode == "stdio" else Listen("127.0.0.1", 15820)
-    plain: tuple[Any, ...] = (Enforcement, Limits, Catalog, Protocol, Http, Bridge, Audit, Pod)
+    plain: tuple[Any, ...] = (
+        Enforcement,
+        Limits,
+        Catalog,
+        Protocol,
+        Http,
+        Bridge,
+        Audit,
+        Masking,
+        Pod,
+    )
     return Settings(
         mode=mode,
         command=command,
@@ -217,7 +243,10 @@ def _build(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Set
         identity=Identity(actor, issuers=_issuers(said), **more),
         telemetry=_telemetry(group("telemetry."), group("otel.")),
         admin=said.get("admin", admin),
+        control=said.get("control"),
+        assertion=said.get("assertion"),
         resources=said.get("resources", {}),
+        tls=None if mode == "stdio" else said.get("tls"),
         log_format=log.get("format"),
         log_level=log.get("level", "info"),
         **{kind.__name__.lower(): kind(**group(f"{kind.__name__.lower()}.")) for kind in plain},

@@ -39,9 +39,8 @@ class Problems(list[tuple[str, Bad]]):
 
         elsewhere = [each for each in known if each.endswith(f".{name}")]
         near = elsewhere or get_close_matches(name, known, n=1)
-        later = LATER.get(re.sub(r"\[\d+\]", "", where))
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        self.append((where, later or Bad(f"is not known{hint}")))
+        self.append((where, Bad(f"is not known{hint}")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,3 @@ items_of = a_value(
     lambda value: isinstance(value, list) and len({*map(repr, value)}) == len(value),
 )
 mapping = a_value("a mapping", lambda value: isinstance(value, dict))
-
-SOURCES_LATER = ("mtls",)
-LATER: Mapping[str, Bad] = {
-    f"identity.{name}": Later(f"{name!r}", "static, none") for name in SOURCES_LATER
-}

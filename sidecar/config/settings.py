@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sidecar.policy.actors import TypeRule
 from sidecar.policy.identity import UNKNOWN, Actor
 from sidecar.policy.issuers import Issuer
+from sidecar.policy.masking import Masking
 
 Mode = Literal["stdio", "http", "check"]
 UpstreamTransport = Literal["streamable_http", "sse"]
@@ -59,6 +60,7 @@ class Opa:
     tools: Path = Path("/nonexistent")  # folder that `make` fills with tools: CACHE/bin
     poll: float = 0.5  # seconds between looks at the policy folder; an edit is in force within 2 s
     canary: float = 2.0  # seconds between readiness questions
+    decision_log: Literal["off", "console"] = "off"  # `console`: the own OPA's, masked, to stderr
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,18 @@ class Proxy:
     peers: tuple[str, ...]  # its addresses, as networks: 10.1.0.0/16, ::1
     id_header: str = "x-forwarded-user"  # who it is
     groups_header: str | None = None  # the groups, with commas between them
+    certificate_header: str | None = None  # the certificate that it was shown, in Envoy's form
+
+
+@dataclass(frozen=True, slots=True)
+class Spiffe:
+    """Workloads that show an X509-SVID, or come through a proxy that was shown one."""
+
+    trust_domains: tuple[str, ...]  # those that are believed, such as prod.example.com
+
+    def __post_init__(self) -> None:
+        if not self.trust_domains:
+            raise ValueError("there is at least one trust domain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +94,7 @@ class Identity:
     issuers: tuple[Issuer, ...] = ()  # whose tokens are believed
     types: tuple[TypeRule, ...] = ()  # what principals are; the first that fits, else the defaults
     proxy: Proxy | None = None
+    spiffe: Spiffe | None = None  # whose client certificates are believed
     required: bool | None = None  # refuse who shows nothing; None: as soon as tokens are verified
     resource: str | None = None  # http: the URL that clients dial, without paths if they are many
     scopes: tuple[str, ...] = ()  # http: what the metadata and challenges tell clients to ask for
@@ -147,6 +162,30 @@ class Http:
 
 
 @dataclass(frozen=True, slots=True)
+class Assertion:
+    """The header that the sidecar signs for servers behind HTTP."""
+
+    key: Path  # private key in PEM: EC P-256, Ed25519 or RSA; read again when it changes
+    issuer: str = "mcp-opa-sidecar"  # `iss`
+    audience: str | None = None  # `aud`; None: the upstream's name
+    lifetime: int = 30  # seconds that one is good for
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """TLS where clients come in. The files are read again when they change."""
+
+    cert: Path  # PEM: the certificate, and those between it and the root
+    key: Path  # PEM, not encrypted: its private key
+    client_ca: Path | None = None  # PEM: who signs clients' certificates; None: none are asked for
+    client: Literal["optional", "required"] = "optional"  # `required`: no connection without one
+
+    def __post_init__(self) -> None:
+        if self.client == "required" and self.client_ca is None:
+            raise ValueError("client certificates that are required need a client_ca")
+
+
+@dataclass(frozen=True, slots=True)
 class Bridge:
     """A stdio server behind HTTP (`http -- COMMAND`)."""
 
@@ -162,6 +201,8 @@ class Telemetry:
     protocol: Literal["http/protobuf", "grpc"] = "http/protobuf"  # gRPC is slow to import
     exporter: Literal["otlp", "console", "none"] = "none"  # `otlp` as soon as a collector is named
     ratio: float = 1.0  # share of allowed calls that is exported; denials and errors always are
+    arguments: bool = False  # of tool calls, masked, on spans
+    results: bool = False  # the same of what came back
     service_name: str = "mcp-opa-sidecar"  # the resource's `service.name`
 
 
@@ -171,6 +212,8 @@ class Audit:
 
     path: str | None = None  # file; "-": stdout of `http`, stderr of `stdio` (stdout carries MCP)
     sync: bool = False  # fsync each record: safe against a crash of the machine, costs a disk write
+    arguments: bool = False  # of tool calls and prompts, masked, in the decision's record
+    results: bool = False  # the same of what came back, in the outcome's
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +223,7 @@ class Pod:
     name: str | None = None
     namespace: str | None = None
     service_account: str | None = None
+    labels_file: Path | None = None  # its labels by the downward API, read again when they change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,9 +243,15 @@ class Settings:
     resources: Mapping[str, str] = field(default_factory=dict)  # what a tool acts on: a template
     protocol: Protocol = Protocol()
     http: Http = Http()
+    assertion: Assertion | None = None  # None: nothing is signed
     bridge: Bridge = Bridge()
+    tls: Tls | None = None  # http: None: plain HTTP
     telemetry: Telemetry = Telemetry()
     audit: Audit = Audit()
+    masking: Masking = field(
+        default_factory=Masking
+    )  # what is shown of arguments and results that are written down
+    control: Path | None = None  # unix socket of the control API, 0600; None: off
     pod: Pod = Pod()
     admin: Listen | None = None  # None: off; default 127.0.0.1:15820 for http, off for stdio
     log_format: Literal["text", "json"] | None = None  # None: text on a terminal, else JSON

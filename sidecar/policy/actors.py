@@ -33,12 +33,11 @@ from sidecar.policy.identity import (
     TokenFacts,
 )
 from sidecar.policy.issuers import Issuer
+from sidecar.policy.spiffe import Workload
 from sidecar.policy.tokens import Token, text
 
 Source = Literal["mtls", "kubernetes", "jwt", "proxy"]
 
-_SPIFFE = re.compile(r"spiffe://([a-z0-9._-]{1,255})((?:/[A-Za-z0-9._-]+)+)")
-_MAX_SPIFFE = 2048
 _SERVICE_ACCOUNT = re.compile(r"system:serviceaccount:([a-z0-9.-]+):([a-z0-9.-]+)")
 _KUBERNETES = "kubernetes.io"
 _CLIENT_CLAIMS = ("client_id", "azp", "cid", "appid")
@@ -76,14 +75,6 @@ class TypeRule:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """Who is on the other end of a connection, proven by a client certificate."""
-
-    id: str  # a SPIFFE id, or the certificate's subject
-    issuer: str  # the trust domain as `spiffe://DOMAIN`, or the name given to the authority
-
-
-@dataclass(frozen=True, slots=True)
 class Asserted:
     """Whom a trusted proxy says it speaks for."""
 
@@ -104,18 +95,6 @@ class _Known:
     machine: bool = False
 
 
-def spiffe(uri: str) -> Workload:
-    """The workload of a certificate's URI.
-
-    Raises:
-        Unauthenticated: `workload_malformed`.
-    """
-    found = _SPIFFE.fullmatch(uri) if len(uri) <= _MAX_SPIFFE else None
-    if found is None or {".", ".."} & set(found[2].split("/")):
-        raise Unauthenticated("workload_malformed", "the certificate's URI is no SPIFFE id")
-    return Workload(uri, f"spiffe://{found[1]}")
-
-
 def identify(
     rules: Sequence[TypeRule] = (),
     *,
@@ -130,12 +109,12 @@ def identify(
     issuer's kind.
 
     Raises:
-        Unauthenticated: `token_claims`, `chain_malformed`, `chain_too_long`, `workload_malformed`.
+        Unauthenticated: `token_claims`, `chain_malformed`, `chain_too_long`.
     """
     chain: tuple[Principal, ...] = ()
     sources: list[Source] = []
     if workload is not None:
-        chain, sources = (_of_workload(rules, workload),), ["mtls"]
+        chain, sources = (_principal(rules, _known(workload)),), [_shown_by(workload)]
     for each in (account, token):
         if each is not None:
             chain = _behind(chain, _of_token(rules, each))
@@ -149,13 +128,20 @@ def identify(
         return UNKNOWN
     if len(chain) > MAX_CHAIN:
         raise Unauthenticated("chain_too_long", f"a chain has at most {MAX_CHAIN} principals")
+    if workload is not None and chain[0].type == "unknown":
+        # Last, since a token of its own may say what it is: an agent, say.
+        settled = _type(rules, _known(workload, "service"))
+        chain = (replace(chain[0], type=settled), *chain[1:])
     tokens = [each for each in (token, account) if each is not None]
     return Actor(
         chain=chain,
         assurance=1 if "proxy" in sources else 3 if workload else 2,
-        sources=tuple(sources),
+        sources=tuple(dict.fromkeys(sources)),
         token=_facts(tokens),
         purpose=_purpose(tokens),
+        expires_at=_first(
+            None if workload is None else workload.expires_at, *(each.ends_at for each in tokens)
+        ),
     )
 
 
@@ -182,10 +168,12 @@ def _behind(front: tuple[Principal, ...], back: tuple[Principal, ...]) -> tuple[
     return (*front[:-1], merged, *back[1:])
 
 
-def _of_workload(rules: Sequence[TypeRule], workload: Workload) -> Principal:
-    if not 0 < len(workload.id) <= _MAX_SPIFFE or not workload.id.isprintable():
-        raise Unauthenticated("workload_malformed", "the certificate's name is not usable")
-    return _principal(rules, _Known("mtls", workload.issuer, workload.id))
+def _known(workload: Workload, default: PrincipalType = "unknown") -> _Known:
+    return _Known(_shown_by(workload), workload.issuer, workload.id, default=default)
+
+
+def _shown_by(workload: Workload) -> Source:
+    return "proxy" if workload.asserted else "mtls"
 
 
 def _of_proxy(rules: Sequence[TypeRule], asserted: Asserted) -> Principal:
@@ -367,6 +355,11 @@ def _facts(tokens: Sequence[Token]) -> TokenFacts | None:
         return None
     first = tokens[0]
     return TokenFacts(min(each.expires_at for each in tokens), first.id, first.issued_at)
+
+
+def _first(*times: float | None) -> float | None:
+    """When the first piece of evidence is good no more; None when none ever is."""
+    return min((each for each in times if each is not None), default=None)
 
 
 def _purpose(tokens: Sequence[Token]) -> str | None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from sidecar.policy.identity import Actor, Principal
-from sidecar.protocol.catalog import Lookup, digest, is_pinned
+from sidecar.protocol.catalog import Lookup, Named, Tool, digest, is_pinned
 from sidecar.protocol.jsonrpc import JsonObject
 from sidecar.protocol.methods import Listing
 from sidecar.protocol.session import Operation, Target
@@ -31,8 +31,8 @@ class Environment:
     """Where and when: what the document says besides the message and its actor.
 
     `time` is RFC 3339 in UTC. `unverified` are HTTP headers that the configuration lets the policy
-    see, whatever the client wrote into them. `pod` holds `name`, `namespace` and `service_account`
-    where known.
+    see, whatever the client wrote into them. `pod` holds `name`, `namespace`, `service_account` and
+    `labels` where known.
     """
 
     enforcer_version: str
@@ -41,7 +41,7 @@ class Environment:
     time: str
     source_address: str | None = None
     trace_id: str | None = None
-    pod: Mapping[str, str] = field(default_factory=dict)
+    pod: Mapping[str, Any] = field(default_factory=dict)
     unverified: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -60,6 +60,7 @@ NOTHING_KNOWN = Lookup(None)
 class Facts:
     """What the sidecar itself knows about the target.
 
+    `known` is whether the server lists a resource or prompt, None when that can't be told.
     `resource` is what a tool acts on, where that is mapped and its arguments say it.
     `arguments_valid` is whether they are what its schema says, None where that is not asked, or
     can't be told. `round` is the number of the round of a multi-round request, from 2 on; None for
@@ -67,6 +68,7 @@ class Facts:
     """
 
     tool: Lookup = NOTHING_KNOWN
+    known: bool | None = None
     resource: str | None = None
     arguments_valid: bool | None = None
     task: Task | None = None
@@ -110,9 +112,33 @@ def build_listing(
     pins: Mapping[str, str] | None = None,
 ) -> JsonObject:
     """The input document for one page of a listing's answer; `tasks` are those remembered."""
-    document = _common(operation, Target("listing", listing.kind), actor, environment)
     slim = [_slim(listing, each, tasks, pins) for each in items]
-    document["listing"] = {"kind": listing.kind, "items": slim}
+    return _listing(operation, listing, slim, actor, environment)
+
+
+def build_relisting(
+    operation: Operation,
+    listing: Listing,
+    entries: Iterable[Named],
+    actor: Actor,
+    environment: Environment,
+    *,
+    pins: Mapping[str, str] | None = None,
+) -> JsonObject:
+    """The same question about what the catalog has, as it was put about the answer."""
+    slim = [_slim_entry(listing, each, pins) for each in entries]
+    return _listing(operation, listing, slim, actor, environment)
+
+
+def _listing(
+    operation: Operation,
+    listing: Listing,
+    items: list[JsonObject],
+    actor: Actor,
+    environment: Environment,
+) -> JsonObject:
+    document = _common(operation, Target("listing", listing.kind), actor, environment)
+    document["listing"] = {"kind": listing.kind, "items": items}
     return document
 
 
@@ -210,7 +236,7 @@ def session_digest(session_id: str | None) -> str | None:
     """A session id as it may be shown: the raw one is a key."""
     if session_id is None:
         return None
-    return "sha256:" + hashlib.sha256(session_id.encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(session_id.encode(errors="surrogatepass")).hexdigest()
 
 
 def _tool(operation: Operation, target: Target, facts: Facts) -> JsonObject:
@@ -229,7 +255,7 @@ def _tool(operation: Operation, target: Target, facts: Facts) -> JsonObject:
 
 
 def _prompt(operation: Operation, target: Target, facts: Facts) -> JsonObject:
-    return {"name": target.name, "arguments": _arguments(operation)}
+    return _present(name=target.name, arguments=_arguments(operation), known=facts.known)
 
 
 def _completion(operation: Operation, target: Target, facts: Facts) -> JsonObject:
@@ -302,15 +328,17 @@ def _resource(operation: Operation, target: Target, facts: Facts) -> JsonObject:
         parts = urlsplit(target.name)
         path = unquote_to_bytes(parts.path).decode("utf-8")
     except ValueError:
-        return {"uri": target.name, "scheme": "", "host": "", "path": "", "normal": False}
+        empty = {"scheme": "", "host": "", "path": ""}
+        return _present(uri=target.name, **empty, normal=False, known=facts.known)
     clean = _without_dots(path)
-    return {
-        "uri": target.name,
-        "scheme": parts.scheme.lower(),
-        "host": parts.netloc.lower(),
-        "path": clean,
-        "normal": clean == path and not _TWO_READINGS.search(target.name),
-    }
+    return _present(
+        uri=target.name,
+        scheme=parts.scheme.lower(),
+        host=parts.netloc.lower(),
+        path=clean,
+        normal=clean == path and not _TWO_READINGS.search(target.name),
+        known=facts.known,
+    )
 
 
 def _without_dots(path: str) -> str:
@@ -343,10 +371,24 @@ def _slim(
         return {"target": target, "task": _known_task(name, tasks.get(name))}
     if listing.kind != "tools":
         return {"target": target}
-    annotations, definition = item.get("annotations"), digest(item)
+    annotations = item.get("annotations")
+    return _slim_tool(
+        name, annotations if isinstance(annotations, dict) else {}, digest(item), pins
+    )
+
+
+def _slim_entry(listing: Listing, entry: Named, pins: Mapping[str, str] | None) -> JsonObject:
+    if isinstance(entry, Tool):
+        return _slim_tool(entry.name, entry.annotations, entry.digest, pins)
+    return {"target": {"type": listing.item_target, "name": entry.name}}
+
+
+def _slim_tool(
+    name: str, annotations: Mapping[str, Any], definition: str, pins: Mapping[str, str] | None
+) -> JsonObject:
     return _present(
-        target=target,
-        annotations=annotations if isinstance(annotations, dict) else {},
+        target={"type": "tool", "name": name},
+        annotations=dict(annotations),
         digest=definition,
         pinned=is_pinned(pins, name, definition),
     )

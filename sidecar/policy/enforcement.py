@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 from sidecar.errors import DecisionError, Overloaded, SidecarError, UnknownMethod, UpstreamError
 from sidecar.policy.decision import Decision, Mode, Reason
 from sidecar.policy.document import OBLIGATIONS, item_name
+from sidecar.policy.identity import Principal
 from sidecar.protocol.jsonrpc import (
     JsonObject,
     Message,
@@ -30,7 +31,7 @@ from sidecar.protocol.jsonrpc import (
     encode,
 )
 from sidecar.protocol.methods import Era, Governed, Listing
-from sidecar.protocol.session import Operation
+from sidecar.protocol.session import Operation, Target
 
 DENIED = -31403
 UNAVAILABLE = -31503
@@ -42,21 +43,48 @@ LISTING_TTL_MS = 2000
 
 TRACE_CONTEXT = frozenset({"traceparent", "tracestate", "baggage"})
 
-LEARNING = frozenset({"server/discover", "initialize", "notifications/initialized", "tools/list"})
+LEARNING = frozenset(
+    {
+        "server/discover",
+        "initialize",
+        "notifications/initialized",
+        "tools/list",
+        "resources/list",
+        "resources/templates/list",
+        "prompts/list",
+    }
+)
 """What the sidecar says as a client of its own."""
 
+PERHAPS = "it may have executed"
+
 _MINT: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """What a message rests on, for a server that wants to know. The sidecar's own has none."""
+
+    decision_id: str | None = None
+    chain: tuple[Principal, ...] = ()
+    targets: tuple[Target, ...] = ()
+    revision: str | None = None
 
 
 class Permitted:
     """A message that may go to the server: as it was judged, trace context apart."""
 
-    __slots__ = ("message",)
+    __slots__ = ("grounds", "message")
 
-    def __init__(self, message: Message, *, mint: object) -> None:
+    def __init__(self, message: Message, *, mint: object, grounds: Grounds | None = None) -> None:
         if mint is not _MINT:
             raise TypeError("only sidecar.policy.enforcement makes a Permitted")
         self.message: Final = message
+        self.grounds: Final = grounds or Grounds()
+
+    def on(self, grounds: Grounds) -> Permitted:
+        """The same message, with what it rests on."""
+        return Permitted(self.message, mint=_MINT, grounds=grounds)
 
     @property
     def frame(self) -> bytes:
@@ -185,7 +213,7 @@ def answer_to_server(response: Response, question: Operation) -> Permitted:
 def for_catalog(message: Request | Notification) -> Permitted:
     """The sidecar's own listing, which no client sees, and its own greeting before it."""
     if message.method not in LEARNING:
-        raise ValueError("the catalog is learned by tools/list alone")
+        raise ValueError("the catalog is learned by listings alone")
     return Permitted(message, mint=_MINT)
 
 
@@ -197,7 +225,8 @@ def readdressed(permitted: Permitted, request_id: RequestId) -> Permitted:
     params, meta = request.params, (request.params or {}).get("_meta")
     if isinstance(meta, dict) and "progressToken" in meta:
         params = {**(params or {}), "_meta": {**meta, "progressToken": request_id}}
-    return Permitted(Request(request_id, request.method, params), mint=_MINT)
+    readdressed = Request(request_id, request.method, params)
+    return Permitted(readdressed, mint=_MINT, grounds=permitted.grounds)
 
 
 def taken_back(permitted: Permitted, reason: str) -> Permitted:
@@ -206,7 +235,8 @@ def taken_back(permitted: Permitted, reason: str) -> Permitted:
     if not isinstance(request, Request):
         raise ValueError("only a request can be taken back")
     params: JsonObject = {"requestId": request.id, "reason": reason}
-    return Permitted(Notification("notifications/cancelled", params), mint=_MINT)
+    cancel = Notification("notifications/cancelled", params)
+    return Permitted(cancel, mint=_MINT, grounds=Grounds(chain=permitted.grounds.chain))
 
 
 def refusal_of(error: SidecarError) -> Refusal:
@@ -221,10 +251,17 @@ def refusal_of(error: SidecarError) -> Refusal:
             reason = Reason(error.code, str(error))
             return Refusal("error", (reason,), UNAVAILABLE, retryable=error.retryable)
         case UpstreamError():
-            message = f"{error}; it may have executed" if error.sent else f"{error}; not executed"
+            message = f"{error}; {PERHAPS}" if error.sent else f"{error}; not executed"
             return Refusal("error", (Reason(error.code, message),), error.rpc_code)
         case _:
             return Refusal("error", (Reason(error.code, str(error)),), UNAVAILABLE)
+
+
+def too_late(refusal: Refusal) -> Refusal:
+    """The same for a call that is on its way already: what it has done is done."""
+    first, *others = refusal.reasons
+    message = f"{first.message.rstrip('.')}; {PERHAPS}" if first.message else PERHAPS
+    return replace(refusal, reasons=(replace(first, message=message), *others))
 
 
 def reply(
@@ -328,7 +365,8 @@ def _sentence(operation: Operation, refusal: Refusal, rules: Rules) -> str:
     first = refusal.reasons[0]
     if isinstance(operation.message, Request) and refusal.rpc_code == UnknownMethod.rpc_code:
         return first.message
-    what = "Denied by policy" if refusal.verdict == "deny" else "Not let through"
+    by_policy = refusal.verdict == "deny" and refusal.rpc_code == DENIED
+    what = "Denied by policy" if by_policy else "Not let through"
     detail = f": {first.message}" if rules.disclose == "full" and first.message else ""
     return f"{what} ({first.code}){detail}"
 

@@ -57,7 +57,8 @@ class Actor:
     """The chain behind an action, the one that acts first; and how sure we are.
 
     `assurance`: 0 nothing, 1 asserted, 2 verified bearer token, 3 proof of possession.
-    `token` is there when one was verified; `purpose` when it names one.
+    `token` is there when one was verified; `purpose` when it names one; `expires_at`, as Unix time,
+    when its evidence does not last: it is the end of a token's leeway.
     """
 
     chain: tuple[Principal, ...]
@@ -65,6 +66,7 @@ class Actor:
     sources: tuple[str, ...]
     token: TokenFacts | None = None
     purpose: str | None = None
+    expires_at: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.chain) <= MAX_CHAIN:

@@ -44,6 +44,30 @@ class KeySource:
             raise ValueError("interval and retry are at least 1 s: tokens must not drive fetches")
 
 
+_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """The API server that is asked about each token, in place of keys (TokenReview)."""
+
+    url: str = "https://kubernetes.default.svc"  # https, or http on loopback
+    ca: str | None = f"{_ACCOUNT}/ca.crt"  # file of the certificates that it is checked by
+    token_file: str = f"{_ACCOUNT}/token"  # who asks: may create tokenreviews; read each time
+    timeout: float = 2.0  # seconds for one review, waiting for its turn included
+    remember: float = 10.0  # seconds that an answer counts: a pod that is deleted is out after it
+    concurrent: int = 10  # reviews that go on at once
+    rate: int = 50  # reviews that begin in one second
+
+    def __post_init__(self) -> None:
+        if not fetchable(self.url, insecure=False):
+            raise ValueError("the API server is asked by https, or by http on loopback")
+        if not 0 <= self.remember <= 60:
+            raise ValueError("remember is 0 to 60 s: what is remembered can not be taken back")
+        if self.timeout <= 0 or min(self.concurrent, self.rate) < 1:
+            raise ValueError("timeout is more than 0, concurrent and rate are at least 1")
+
+
 @dataclass(frozen=True, slots=True)
 class Issuer:
     """One issuer. Names of claims may be dotted paths, such as `realm_access.roles`."""
@@ -62,6 +86,7 @@ class Issuer:
     interactive: tuple[str, ...] = ()  # clients where people sign in: then `sub` is human
     actor_issuers: tuple[str, ...] = ()  # other issuers whose principals its `act` may name
     pod_required: bool = False  # kubernetes: refuse tokens that are bound to no pod
+    review: Review | None = None  # kubernetes: the cluster is asked; it needs no keys then
 
     def __post_init__(self) -> None:
         names = (self.name, *self.actor_issuers)
@@ -74,7 +99,9 @@ class Issuer:
             raise ValueError(f"algorithms are of {', '.join(ALGORITHMS)}")
         if not 0 <= self.leeway <= 300:
             raise ValueError("leeway is 0 to 300 s")
-        discovered = self.keys.url is None and self.keys.file is None
+        if self.review is not None and (self.kind != "kubernetes" or self.keys != KeySource()):
+            raise ValueError("a cluster has tokens reviewed, or verified by keys (jwks), not both")
+        discovered = self.review is None and self.keys.url is None and self.keys.file is None
         if discovered and not fetchable(self.name, insecure=self.keys.insecure):
             raise ValueError("without a url or a file of keys, an issuer is an https URL")
 

@@ -199,6 +199,7 @@ class Session:
     protocol_version: str | None = None
     client: ClientInfo | None = None
     initialized: bool = False
+    capabilities: JsonObject | None = None
 
     def receive(self, message: Message, direction: Direction) -> Operation:
         """What this request or notification is about.
@@ -268,11 +269,13 @@ class Session:
         )
 
     def negotiated(self, response: Response) -> None:
-        """Take the revision that the server chose from the answer to `initialize`."""
+        """Take what the server chose and can do from the answer to `initialize`."""
         result = response.result if isinstance(response.result, dict) else {}
         version = result.get("protocolVersion")
         if is_revision(version):
             self.protocol_version = version
+        capabilities = result.get("capabilities")
+        self.capabilities = capabilities if isinstance(capabilities, dict) else None
 
     def _handshake(self, message: Request | Notification) -> None:
         version = (message.params or {}).get("protocolVersion")

@@ -19,9 +19,11 @@ from sidecar.errors import Unauthenticated
 from sidecar.policy.actors import Asserted, TypeRule, identify
 from sidecar.policy.decision import Reason
 from sidecar.policy.identity import UNKNOWN, Actor
+from sidecar.policy.spiffe import Workload
 from sidecar.policy.tokens import Token
 from sidecar.protocol.session import Bounded
 from sidecar.transport.headers import Headers
+from sidecar.transport.workloads import CERTIFICATE_HEADER, Workloads
 
 Verify = Callable[[str], Awaitable[Token]]
 """The token that a text is; raises Unauthenticated."""
@@ -43,6 +45,8 @@ class Authentication:
         self._identity = identity
         self._tokens = None if verify is None else TokenActors(verify, identity.types)
         self._peers = Peers(identity.proxy.peers if identity.proxy else ())
+        header = identity.proxy.certificate_header if identity.proxy else None
+        self._workloads = Workloads(identity.spiffe, header) if identity.spiffe else None
 
     @property
     def verifies(self) -> bool:
@@ -53,8 +57,8 @@ class Authentication:
     def asserting(self) -> frozenset[str]:
         """The headers that say who somebody is, which end here whoever sends them."""
         proxy = self._identity.proxy
-        names = (proxy.id_header, proxy.groups_header) if proxy else ()
-        return frozenset(each for each in names if each)
+        names = (proxy.id_header, proxy.groups_header, proxy.certificate_header) if proxy else ()
+        return frozenset(each for each in (CERTIFICATE_HEADER, *names) if each)
 
     async def actor(self, request: web.Request) -> Actor:
         """Who acts, by all the evidence that there is.
@@ -62,15 +66,19 @@ class Authentication:
         Raises:
             Unauthenticated: a credential is refused, or there is none and one is needed.
         """
-        asserted = self._asserted(request)
+        workload, asserted = self._workload(request), self._asserted(request)
         given = None if self._tokens is None else bearer(request.headers)
-        if given is None and asserted is None:
+        if given is None and asserted is None and workload is None:
             if self._identity.demanded:
-                raise Unauthenticated("credentials_missing", "a bearer token is needed")
+                raise Unauthenticated("credentials_missing", "a credential is needed")
             return self._identity.actor
         if self._tokens is None or given is None:
-            return identify(self._identity.types, asserted=asserted)
-        return await self._tokens.actor(given, asserted)
+            return identify(self._identity.types, workload=workload, asserted=asserted)
+        return await self._tokens.actor(given, asserted, workload)
+
+    def outworn(self, request: web.Request) -> bool:
+        """Whether the credential of the connection itself will not do for much longer."""
+        return self._workloads is not None and self._workloads.outworn(request)
 
     def source_address(self, request: web.Request) -> str | None:
         """Where a request comes from: behind a proxy that is believed, what it says."""
@@ -92,6 +100,11 @@ class Authentication:
             error="invalid_token", error_description=error.code, resource_metadata=metadata
         )
 
+    def _workload(self, request: web.Request) -> Workload | None:
+        if self._workloads is None:
+            return None
+        return self._workloads.of(request, proxied=self._peers.include(request.remote))
+
     def _asserted(self, request: web.Request) -> Asserted | None:
         proxy = self._identity.proxy
         if proxy is None or not self._peers.include(request.remote):
@@ -106,15 +119,17 @@ class TokenActors:
         self._verify, self._rules = verify, rules
         self._known: Bounded[int, tuple[Token, Actor]] = Bounded(MAX_ACTORS)
 
-    async def actor(self, text: str, asserted: Asserted | None = None) -> Actor:
-        """The actor of a token's text, or of both where a proxy speaks for somebody.
+    async def actor(
+        self, text: str, asserted: Asserted | None = None, workload: Workload | None = None
+    ) -> Actor:
+        """The actor of a token's text, with what comes beside it.
 
         Raises:
             Unauthenticated: the token is refused, or what it says of its chain.
         """
         token = await self._verify(text)
-        if asserted is not None:
-            return identify(self._rules, token=token, asserted=asserted)
+        if asserted is not None or workload is not None:
+            return identify(self._rules, token=token, asserted=asserted, workload=workload)
         known = self._known.get(id(token))
         if known is None or known[0] is not token:
             known = token, identify(self._rules, token=token)

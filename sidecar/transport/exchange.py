@@ -7,7 +7,7 @@ permitted to a server, of whatever kind, and its answers back to the client.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from aiohttp import web
@@ -79,6 +79,11 @@ class Exchange:
     def answers(self) -> bool:
         """Whether the client waits for an answer with an id."""
         return self.call is not None and self.call.request_id is not None
+
+    @property
+    def answering(self) -> Origin:
+        """Where what the server says in its answer comes from: it belongs to the call."""
+        return self.origin if self.call is None else replace(self.origin, cause=self.call.trace)
 
     @property
     def endless(self) -> bool:
@@ -161,9 +166,14 @@ async def _in_the_response(response: Response, status: int) -> web.StreamRespons
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One server behind one path, and its sessions; `metadata` is the URL of what a token needs."""
+    """One server behind one path, and its sessions; `metadata` is the URL of what a token needs.
+
+    `credentials` are the headers by which it knows its callers; `asserted`: it is told the actor.
+    """
 
     backend: Backend
     server: Server
     sessions: Sessions
     metadata: str | None = None
+    credentials: frozenset[str] = frozenset()
+    asserted: bool = False

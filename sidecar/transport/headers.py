@@ -15,6 +15,7 @@ from sidecar.policy.enforcement import TRACE_CONTEXT
 
 SESSION = "Mcp-Session-Id"
 VERSION = "MCP-Protocol-Version"
+ASSERTION = "MCP-Sidecar-Assertion"
 
 HOP_BY_HOP = frozenset(
     {
@@ -119,7 +120,9 @@ def to_upstream(
     onward: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
         lower = name.lower()
-        if lower in ended or (modern and lower == "mcp-session-id"):
+        if {lower, _hyphened(lower)} & ended or _is_assertion(lower):
+            continue
+        if modern and lower == "mcp-session-id":
             continue
         if not modern and lower.startswith(MODERN_ONLY):
             continue
@@ -142,8 +145,19 @@ def to_client(headers: Headers) -> CIMultiDict[str]:
     """The server's headers as they go back."""
     ended = HOP_BY_HOP | {"content-length"} | _named_by_connection(headers)
     return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in ended
+        (name, value)
+        for name, value in headers.items()
+        if name.lower() not in ended and not _is_assertion(name.lower())
     )
+
+
+def _is_assertion(lower: str) -> bool:
+    """Ours alone to send; with underscores too, which some servers read as hyphens."""
+    return _hyphened(lower) == ASSERTION.lower()
+
+
+def _hyphened(lower: str) -> str:
+    return lower.replace("_", "-")
 
 
 def _named_by_connection(headers: Headers) -> set[str]:

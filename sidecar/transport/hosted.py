@@ -211,6 +211,7 @@ class HostedSession:
         if self._stream is not None:
             raise ProtocolError("the stream of this session is open already", status=409)
         outlet = self._stream = Outlet()
+        self.conversation.tell = partial(_tell, outlet)
         self._flush()
         held = self._pipeline.open.stream(
             self.conversation, exchange.opening, exchange.origin, outlet.close
@@ -219,7 +220,7 @@ class HostedSession:
             with held:
                 return await stream(outlet, exchange.request)
         finally:
-            self._stream = None
+            self._stream = self.conversation.tell = None
             outlet.abandon()
 
     async def _take(self, message: Message, frame: bytes) -> None:
@@ -281,6 +282,10 @@ class HostedSession:
             if outlet is None or not outlet.offer(self._kept[0][1]):
                 return
             self._kept.popleft()
+
+
+async def _tell(outlet: Outlet, message: Message) -> None:
+    await outlet.put(encode(message))
 
 
 def _key(value: object) -> Key:

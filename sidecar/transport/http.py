@@ -7,19 +7,18 @@ backend of its path; the server's side is there, and how its clients talk.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import resource
-import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
+from ssl import SSLContext
 from typing import Literal
 
 from aiohttp import web
 from multidict import CIMultiDict
 
 from sidecar.config import Http, Limits, Listen
-from sidecar.conversation import Call, Conversation, Origin
+from sidecar.conversation import Call, Conversation, Origin, Stranger
 from sidecar.errors import ProtocolError, Unauthenticated, UpstreamError
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import (
@@ -32,11 +31,12 @@ from sidecar.policy.enforcement import (
 )
 from sidecar.policy.identity import Actor
 from sidecar.protocol.framing import FrameTooLarge
-from sidecar.protocol.jsonrpc import Message, Response, Strictness, decode, encode
+from sidecar.protocol.jsonrpc import Message, Request, Response, Strictness, decode, encode
 from sidecar.protocol.methods import MethodTable
 from sidecar.protocol.session import Session, check_headers, is_modern
 from sidecar.transport import headers as rules
 from sidecar.transport.authentication import Authentication, insufficient
+from sidecar.transport.callers import AUTHORIZATION, caller_of
 from sidecar.transport.exchange import Exchange, Replier, Route
 from sidecar.transport.metadata import Metadata
 
@@ -88,6 +88,7 @@ class HttpProxy:
         """The aiohttp application; start it with `handler_cancellation` and no decompression."""
         application = web.Application(client_max_size=0)
         application.router.add_route("*", "/{path:.*}", self.handle)
+        application.on_response_prepare.append(self._retire)
         return application
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -111,6 +112,15 @@ class HttpProxy:
             body = protocol_reply(None, INTERNAL, "internal error")
             return web.json_response(body=encode(body), status=500)
 
+    async def _retire(self, request: web.Request, response: web.StreamResponse) -> None:
+        """A client that lives long comes back with its newer certificate, before the old one ends.
+
+        It notices nothing, where a request on a connection that has outlived it would be refused.
+        """
+        if self._authentication.outworn(request):
+            response.force_close()
+            response.headers["Connection"] = "close"
+
     async def _route(self, request: web.Request) -> web.StreamResponse:
         rules.refuse_duplicates(request.headers, self._single)
         rules.refuse_strangers(
@@ -129,7 +139,7 @@ class HttpProxy:
         try:
             actor = await self._authentication.actor(request)
         except Unauthenticated as error:
-            return self._unauthenticated(error, route)
+            return self._unauthenticated(error, request, route)
         match request.method:
             case "POST":
                 return await self._post(request, route, actor)
@@ -138,10 +148,15 @@ class HttpProxy:
             case _:
                 return await self._delete(request, route, actor)
 
-    def _unauthenticated(self, error: Unauthenticated, route: Route) -> web.Response:
+    def _unauthenticated(
+        self, error: Unauthenticated, request: web.Request, route: Route
+    ) -> web.Response:
         """401, without the id of the message: nobody makes us read one who may not send it."""
         self._pipeline.malformed(error)
         log.warning("a request was refused: %s", error.code)
+        address = self._authentication.source_address(request)
+        path = request.raw_path.partition("?")[0]
+        self._pipeline.not_let_in(Stranger(error.code, "http", address, path))
         response = _refusal(error)
         response.headers.update(self._authentication.challenge(error, route.metadata))
         return response
@@ -174,8 +189,7 @@ class HttpProxy:
         )
         match outcome:
             case Forward(permitted):
-                answering = route.backend.forward(exchange, permitted)
-                return await (_until_expiry(exchange, answering) if exchange.endless else answering)
+                return await route.backend.forward(exchange, permitted)
             case Reply(response, status):
                 challenge = _insufficient_scope(exchange, route, response)
                 answer = await reply(response, 403 if challenge else status)
@@ -204,6 +218,7 @@ class HttpProxy:
         shown = rules.shown_to_policy(request.headers, self._http.unverified_headers)
         origin = Origin(actor, address, _trace_headers(request), shown)
         conversation = self._conversation(request, route, actor, modern)
+        conversation.caller = self._caller(request, route, actor, conversation, message)
 
         def onward(call: Call | None) -> CIMultiDict[str]:
             return rules.to_upstream(
@@ -235,6 +250,24 @@ class HttpProxy:
             raise ProtocolError("Session not found", status=404)
         return conversation
 
+    def _caller(
+        self,
+        request: web.Request,
+        route: Route,
+        actor: Actor,
+        conversation: Conversation,
+        message: Message | None,
+    ) -> Hashable | None:
+        """Whom its server may offer something else than others: a session, or one who calls."""
+        if conversation.caller is not None:
+            return conversation.caller
+        names = route.credentials if self._authorization else route.credentials - {AUTHORIZATION}
+        caller = caller_of(request.headers, names, actor if route.asserted else None)
+        if caller is None:
+            return None
+        begins = conversation.lasting or _begins(message, route)
+        return object() if begins else caller
+
     # -------------------------------------------------------------- GET and DELETE
 
     async def _get(self, request: web.Request, route: Route, actor: Actor) -> web.StreamResponse:
@@ -247,7 +280,7 @@ class HttpProxy:
             asking = self._pipeline.stream(exchange.conversation, action, exchange.origin)
             if await asking is not None:
                 return web.Response(status=405, headers={"Allow": "POST"})
-            return await _until_expiry(exchange, route.backend.open_stream(exchange))
+            return await route.backend.open_stream(exchange)
 
     async def _delete(self, request: web.Request, route: Route, actor: Actor) -> web.StreamResponse:
         exchange = self._exchange(request, route, actor, None)
@@ -267,35 +300,23 @@ class HttpProxy:
                 self._pipeline.close(conversation)
 
 
-async def _until_expiry(
-    exchange: Exchange, streaming: Awaitable[web.StreamResponse]
-) -> web.StreamResponse:
-    """A stream lasts as long as the token that opened it; then it breaks, as when we were gone."""
-    token = exchange.origin.actor.token
-    if token is None:
-        return await streaming
-    timer = asyncio.timeout(max(0.0, token.expires_at - time.time()))
-    try:
-        async with timer:
-            return await streaming
-    except TimeoutError:
-        if not timer.expired():
-            raise
-    log.info("a stream has ended: the token that opened it has expired")
-    if exchange.request.transport is not None:
-        exchange.request.transport.close()
-    return web.Response(status=CLIENT_GONE)
+def _begins(message: Message | None, route: Route) -> bool:
+    """Whether a request may open a session, which is a caller of its own as long as it lasts."""
+    if message is None:
+        return not route.backend.by_headers
+    return isinstance(message, Request) and message.method == "initialize"
 
 
 def _insufficient_scope(exchange: Exchange, route: Route, response: Response) -> dict[str, str]:
     """The challenge to one whose token lacks a scope that the policy names; {} to others.
 
-    Who is answered on a stream, or by a result that a model reads, is told by the reasons alone.
+    Who is answered by a result that a model reads is told by the reasons alone. Who is answered on
+    a stream has it with the acknowledgement: some clients give up a session whose POST is refused.
     """
     call = exchange.call
     if call is None or call.actor.token is None or response.error is None:
         return {}
-    if call.verdict != "deny" or not route.backend.by_headers:
+    if call.verdict != "deny":
         return {}
     return insufficient(call.reasons, route.metadata)
 
@@ -326,7 +347,7 @@ def _raise_file_limit() -> None:
 
 
 async def serve(
-    proxy: HttpProxy, listen: Listen, drain: float
+    proxy: HttpProxy, listen: Listen, drain: float, tls: SSLContext | None = None
 ) -> tuple[web.AppRunner, tuple[str, int]]:
     """Start to listen; the runner to be cleaned up, and the address that was bound.
 
@@ -343,7 +364,7 @@ async def serve(
         handle_signals=False,
     )
     await runner.setup()
-    site = web.TCPSite(runner, listen.host, listen.port)
+    site = web.TCPSite(runner, listen.host, listen.port, ssl_context=tls)
     try:
         await site.start()
     except BaseException:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from aiohttp import ClientResponse, web
+from multidict import CIMultiDict
 
 from sidecar.conversation import Ask, Conversation
 from sidecar.errors import MalformedMessage, UpstreamError
@@ -30,6 +31,12 @@ log = logging.getLogger("sidecar.transport.relay")
 
 MAX_ERROR_BODY = 64 * 1024
 
+FAREWELLS, FAREWELL = 64, 5.0
+"""So many servers' sessions are ended at once, and so many seconds that may take."""
+
+SHOWN = ("Authorization", "Cookie", "X-Api-Key")
+"""What a server may know the client of a session by."""
+
 
 class HttpRelay(Streamable):
     """A `Backend` in front of one MCP endpoint."""
@@ -38,6 +45,7 @@ class HttpRelay(Streamable):
         self._pipeline = pipeline
         self._upstream = upstream
         self._streams: set[web.StreamResponse] = set()
+        self._farewells: set[asyncio.Task[None]] = set()
 
     def admit(self, exchange: Exchange, message: Message) -> None:
         """Whatever it is, the server will say whether it wants it."""
@@ -114,10 +122,35 @@ class HttpRelay(Streamable):
             forgotten = exchange.sessions.open(session_id, exchange.conversation, owner)
             if forgotten is not None:
                 self._pipeline.forget(forgotten)
-            forget = partial(self._forget_session, exchange.sessions, exchange.conversation)
-            exchange.conversation.end = forget
+            exchange.conversation.end = self._ender(exchange, session_id)
         if response.status == 404 and exchange.conversation.lasting:
             self._forget_session(exchange.sessions, exchange.conversation)
+
+    def _ender(self, exchange: Exchange, session_id: str) -> Callable[[], None]:
+        """What ends a session that is refused now: it is forgotten here, and its server told."""
+        sessions, conversation, onward = exchange.sessions, exchange.conversation, exchange.onward
+        known = onward(None)
+        headers = CIMultiDict({name: known[name] for name in SHOWN if name in known})
+        headers[rules.SESSION] = session_id
+
+        def end() -> None:
+            self._forget_session(sessions, conversation)
+            if len(self._farewells) >= FAREWELLS:
+                log.warning("a server is not told of the end of a session: too many end at once")
+                return
+            if conversation.session.protocol_version is not None:
+                headers[rules.VERSION] = conversation.session.protocol_version
+            task = asyncio.get_running_loop().create_task(self._bid_farewell(headers))
+            self._farewells.add(task)
+            task.add_done_callback(self._farewells.discard)
+
+        return end
+
+    async def _bid_farewell(self, headers: CIMultiDict[str]) -> None:
+        """DELETE, whatever comes of it: the server may know no such thing."""
+        with suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(FAREWELL), self._upstream.open("DELETE", headers):
+                pass
 
     def _forget_session(self, sessions: Sessions, conversation: Conversation) -> None:
         sessions.forget(conversation)
@@ -139,7 +172,9 @@ class HttpRelay(Streamable):
                 self._end_failed(exchange, response)
                 return _copy(response, body)
             raise UpstreamError(f"the server's answer is no message: {error}", sent=True) from error
-        delivery = await self._pipeline.from_server(exchange.conversation, message, exchange.origin)
+        delivery = await self._pipeline.from_server(
+            exchange.conversation, message, exchange.answering
+        )
         if not isinstance(delivery, Deliver):
             raise UpstreamError("the server answered something else", sent=True)
         self._end_failed(exchange, response)
@@ -170,12 +205,8 @@ class HttpRelay(Streamable):
         if exchange.endless:
             self._streams.add(stream)
         try:
-            async for event in events:
-                exchange.resumable = exchange.resumable or bool(event.id)
-                written = await self._judge_event(exchange, event, frame)
-                if written:
-                    await stream.write(written)
-                    await asyncio.sleep(0)  # a flood waits its turn behind everybody else
+            with _telling(exchange, stream, frame):
+                await self._pass_on(exchange, stream, events, frame)
             await self._close_unanswered(exchange, stream, frame, None)
         except UpstreamError as error:
             await self._close_unanswered(exchange, stream, frame, error)
@@ -183,6 +214,20 @@ class HttpRelay(Streamable):
             self._streams.discard(stream)
         await stream.write_eof()
         return stream
+
+    async def _pass_on(
+        self,
+        exchange: Exchange,
+        stream: web.StreamResponse,
+        events: AsyncIterator[Event],
+        frame: Frame,
+    ) -> None:
+        async for event in events:
+            exchange.resumable = exchange.resumable or bool(event.id)
+            written = await self._judge_event(exchange, event, frame)
+            if written:
+                await stream.write(written)
+                await asyncio.sleep(0)  # a flood waits its turn behind everybody else
 
     async def _close_unanswered(
         self,
@@ -204,7 +249,9 @@ class HttpRelay(Streamable):
         """The bytes that the client gets for an event; none when it is dropped."""
 
         async def hear(message: Message) -> Delivery:
-            return await self._pipeline.from_server(exchange.conversation, message, exchange.origin)
+            return await self._pipeline.from_server(
+                exchange.conversation, message, exchange.answering
+            )
 
         answer = partial(self._post, exchange)
         return await judged(event, self._pipeline, hear, answer, frame)
@@ -250,7 +297,7 @@ class HttpRelay(Streamable):
             return await self._relay_other(exchange, response)
 
     def asker(self, exchange: Exchange) -> Ask:
-        """Ask with the headers of the exchange, less those that mirror its message."""
+        """Ask as its caller, with its headers less those that mirror its message."""
 
         async def ask(permitted: Permitted) -> Response:
             request = permitted.message
@@ -272,6 +319,25 @@ class HttpRelay(Streamable):
             stream.force_close()
             if stream.task is not None:
                 stream.task.cancel()
+
+
+@contextmanager
+def _telling(exchange: Exchange, stream: web.StreamResponse, frame: Frame) -> Iterator[None]:
+    """While a subscription, or a session's own stream, is open its client can be told things."""
+
+    async def tell(message: Message) -> None:
+        await stream.write(frame(encode(message), None))
+
+    holder = exchange.call or exchange.conversation
+    if not exchange.endless:
+        yield
+        return
+    holder.tell = tell
+    try:
+        yield
+    finally:
+        if holder.tell is tell:
+            holder.tell = None
 
 
 async def _answer_to(

@@ -12,6 +12,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 from aiohttp import web
@@ -138,7 +139,7 @@ class SharedChild:
         async def withdraw(reply: Response) -> None:
             waiting.outlet.finish(encode(reply))  # and then the request is taken back
 
-        call.withdraw = withdraw
+        call.withdraw, call.tell = withdraw, partial(_tell, waiting)
         try:
             exchange.sent()
             response = await respond(waiting.outlet, exchange.request)
@@ -168,7 +169,7 @@ class SharedChild:
         if waiting is None:
             conversation, origin = self._nobody, Origin(UNKNOWN)
         else:
-            conversation, origin = waiting.exchange.conversation, waiting.exchange.origin
+            conversation, origin = waiting.exchange.conversation, waiting.exchange.answering
         try:
             delivery = await self._pipeline.from_server(conversation, mapped, origin)
         except ProtocolError as error:
@@ -310,6 +311,10 @@ def _deliver(waiting: Waiting, message: Message) -> None:
         waiting.outlet.finish(encode(message))
     elif not waiting.outlet.offer(encode(message)):
         log.debug("dropped a notification for a client that does not read")
+
+
+async def _tell(waiting: Waiting, message: Message) -> None:
+    _deliver(waiting, message)
 
 
 def _meta(value: object) -> JsonObject:

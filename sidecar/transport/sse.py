@@ -74,7 +74,7 @@ class SseSession:
         await self._stream.prepare(self._request)
         await self._stream.write(_endpoint(self._request, self.id))
         self._reading = asyncio.get_running_loop().create_task(self._read())
-        end = partial(self.end, WITHDRAWN)
+        end, self.conversation.tell = partial(self.end, WITHDRAWN), self.inject
         try:
             with self._pipeline.open.stream(self.conversation, "open", self._origin, end):
                 await asyncio.wait({self._reading})
@@ -123,7 +123,7 @@ class SseSession:
 
     # -------------------------------------------------------------- to the client
 
-    async def inject(self, response: Response) -> None:
+    async def inject(self, message: Message) -> None:
         """Tell the client something in place of its server; waits until it reads.
 
         Raises:
@@ -134,7 +134,7 @@ class SseSession:
             async with self._whole:
                 if self._closed:
                     raise ProtocolError("Session not found", status=404)
-                await self._write(encode_event(encode(response)))
+                await self._write(encode_event(encode(message)))
         finally:
             self.unread -= 1
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 from sidecar.config import Limits
-from sidecar.conversation import Call, Conversation, Origin, Server
+from sidecar.conversation import Call, Conversation, Origin, Server, Stranger
 from sidecar.errors import MalformedMessage, ProtocolError, Unauthenticated, UpstreamError
 from sidecar.pipeline import Pipeline
 from sidecar.policy.enforcement import (
@@ -33,6 +36,7 @@ from sidecar.policy.identity import UNKNOWN, Actor
 from sidecar.protocol.framing import FrameTooLarge, LineDecoder, refuse_raw_returns
 from sidecar.protocol.jsonrpc import (
     Message,
+    Notification,
     Request,
     RequestId,
     Response,
@@ -41,7 +45,7 @@ from sidecar.protocol.jsonrpc import (
     encode,
 )
 from sidecar.protocol.methods import MethodTable
-from sidecar.protocol.session import Session
+from sidecar.protocol.session import Session, is_modern
 from sidecar.rechecking import WITHDRAWN
 from sidecar.transport.peer import Peer
 from sidecar.transport.pipes import CHUNK, Reader, Writer
@@ -74,7 +78,7 @@ class StdioProxy:
         self._pipeline = pipeline
         self._peer = peer
         self._conversation = Conversation(Session(table), server, "stdio")
-        self._who, self._origin = who, Origin(UNKNOWN)
+        self._who, self._origin, self._until = who, Origin(UNKNOWN), math.inf
         self._strictness = strictness
         self._limits = limits
         self._stdin = stdin
@@ -83,7 +87,7 @@ class StdioProxy:
         # keep what it says from being read.
         self._inbound, self._outbound = Tasks(MAX_TASKS), Tasks(MAX_TASKS)
         self._delivered, self._withdrawn = asyncio.Event(), asyncio.Event()
-        self._conversation.end = self._withdrawn.set
+        self._conversation.end, self._conversation.tell = self._withdrawn.set, self._tell
 
     async def run(self, stopping: asyncio.Event) -> int:
         """Serve until the client, the server or `stopping` ends it; the server's exit code."""
@@ -165,19 +169,36 @@ class StdioProxy:
 
     async def _authenticate(self, message: Message) -> bool:
         """Whether its sender is known, or need not be; one after the other, as messages came."""
-        try:
-            self._origin = Origin(await self._who())
+        error = await self._recognise()
+        if error is None:
             return True
+        log.warning("a message was refused: %s", error.code)
+        self._pipeline.not_let_in(Stranger(error.code, "stdio"))
+        if isinstance(message, Request):
+            error.request_id = message.id
+            self._refuse(error)
+            await self._let_client_read()
+        else:
+            self._pipeline.malformed(error)
+        return False
+
+    async def _recognise(self) -> Unauthenticated | None:
+        """Take over who the client is by what is there now; why it is nobody, if so.
+
+        A token on a pipe is replaced under way, so that nothing ends with the one that opened it:
+        what the server says by itself is kept back while there is no good one.
+        """
+        try:
+            actor = await self._who()
         except Unauthenticated as error:
-            log.warning("a message was refused: %s", error.code)
-            self._origin = Origin(UNKNOWN)
-            if isinstance(message, Request):
-                error.request_id = message.id
-                self._refuse(error)
-                await self._let_client_read()
-            else:
-                self._pipeline.malformed(error)
-            return False
+            self._origin, self._until = Origin(UNKNOWN), 0.0
+            return error
+        self._until = math.inf if actor.expires_at is None else actor.expires_at
+        self._origin = Origin(replace(actor, expires_at=None))
+        return None
+
+    async def _is_known(self) -> bool:
+        return time.time() < self._until or await self._recognise() is None
 
     def _refuse(self, error: ProtocolError) -> None:
         self._pipeline.malformed(error)
@@ -200,6 +221,8 @@ class StdioProxy:
             raise
         match outcome:
             case Forward(permitted):
+                if not isinstance(message, Response) and is_modern(message):
+                    self._pipeline.open.hold_pipe(self._conversation, origin)
                 await self._send(permitted, call, ticket.release if ticket else _nothing)
             case Reply(response):
                 self._to_client(response)
@@ -264,7 +287,10 @@ class StdioProxy:
 
     async def admits(self, action: Literal["open", "resume", "close"]) -> bool:
         """Streams are actions of the client's, though it does not know that there are any."""
-        return await self._pipeline.stream(self._conversation, action, self._origin) is None
+        known = await self._is_known()
+        return known and (
+            await self._pipeline.stream(self._conversation, action, self._origin) is None
+        )
 
     def holding(
         self, action: Literal["open", "resume"], end: Callable[[], None]
@@ -273,6 +299,7 @@ class StdioProxy:
         return self._pipeline.open.stream(self._conversation, action, self._origin, end)
 
     async def _from_server(self, message: Message, frame: bytes) -> None:
+        known = isinstance(message, Response) or await self._is_known()
         try:
             delivery = await self._pipeline.from_server(self._conversation, message, self._origin)
         except ProtocolError as error:
@@ -280,13 +307,17 @@ class StdioProxy:
             self._pipeline.malformed(error)
             return
         match delivery:
-            case Deliver(replaced):
+            case Deliver(replaced) if known or not isinstance(message, Notification):
                 self._stdout.write((frame if replaced is None else encode(replaced)) + b"\n")
             case AnswerServer(permitted):
                 await self._send(permitted, None, _nothing)
-            case Drop():
+            case _:
                 pass
         self._delivered.set()
+
+    async def _tell(self, message: Message) -> None:
+        self._to_client(message)
+        await self._stdout.drain()
 
     def _to_client(self, message: Message) -> None:
         self._stdout.write(encode(message) + b"\n")

@@ -22,7 +22,9 @@ from sidecar.errors import MalformedMessage, UpstreamError, UpstreamTimeout
 from sidecar.policy.enforcement import Permitted
 from sidecar.protocol.framing import Event, EventDecoder, FrameTooLarge, LineDecoder, event_of
 from sidecar.protocol.jsonrpc import FROM_SERVER, Response, decode
+from sidecar.transport.assertion import Assertions
 from sidecar.transport.credentials import TokenFile, fits_a_header
+from sidecar.transport.headers import ASSERTION
 
 CHUNK = 64 * 1024
 
@@ -41,9 +43,11 @@ class HttpUpstream:
         response: float | None,
         message_limit: int,
         token: TokenFile | None = None,
+        assertions: Assertions | None = None,
     ) -> None:
         self._url = URL(url)
         self._token = token
+        self._assertions = assertions
         self._message_limit = message_limit
         self._timeout = aiohttp.ClientTimeout(
             total=None, connect=connect, sock_connect=connect, sock_read=None
@@ -98,7 +102,7 @@ class HttpUpstream:
         """
         headers = headers.copy()
         headers["Content-Type"] = "application/json"
-        async with self._request("POST", headers, permitted.frame, on_sent) as response:
+        async with self._request("POST", headers, permitted, on_sent) as response:
             yield response
 
     @asynccontextmanager
@@ -118,11 +122,15 @@ class HttpUpstream:
         self,
         verb: str,
         headers: CIMultiDict[str],
-        body: bytes | None,
+        permitted: Permitted | None,
         on_sent: Callable[[], None],
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         assert self._session is not None, "start() comes first"
+        body = None if permitted is None else permitted.frame
         headers = self._authorized(headers)
+        if self._assertions is not None:
+            headers = headers.copy()
+            headers[ASSERTION] = self._assertions.sign(verb, permitted, body or b"")
         progress = SimpleNamespace(sent=False, on_sent=on_sent)
         try:
             response = await self._begin(verb, headers, body, progress)

@@ -22,7 +22,7 @@ class Withdrawn(Exception):
     """The exchange was ended; `reply` is for who waits for an answer."""
 
     def __init__(self, reply: Response | None) -> None:
-        super().__init__("the policy refuses now what it had allowed")
+        super().__init__("what was allowed before is refused now")
         self.reply = reply
 
 

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 from tests.demo import stage, story
 from tests.demo.screen import Screen
-from tests.demo.stage import MODES, Answer
-from tests.demo.traces import Collector, caller_spans
+from tests.demo.stage import Answer
+from tests.demo.traces import OPA, SIDECAR, Collector, caller_spans
 from tests.demo.verdict import Done, problems
+from tests.support.jaeger import Jaeger, jaeger
 from tests.support.processes import STARTER, wait_until
 
-SIDECAR, OPA = "mcp-opa-sidecar", "opa"
 JAEGER = (
-    "To see every call in Jaeger: docker run --rm -p 16686:16686 -p 4318:4318 "
-    "jaegertracing/jaeger, then make demo OTLP=http://localhost:4318, then http://localhost:16686"
+    "To see every call in Jaeger: make demo JAEGER=1; to send the spans to a collector of yours: "
+    "make demo OTLP=http://localhost:4318"
 )
+DENIED_TO_AGENTS = {"actor.type": "agent", "authz.decision": "deny"}
 SHOWN = (
-    (story.BOT, "get_ticket", "allow", "ALLOWED: an agent reads a ticket for ana"),
-    (story.BOT, "delete_ticket", "deny", "DENIED: the same agent deletes a ticket for ana"),
+    (story.BOT_FOR_ANA, "get_ticket", "allow", "ALLOWED: an agent reads a ticket for ana"),
+    (story.BOT_FOR_ANA, "delete_ticket", "deny", "DENIED: the same agent deletes a ticket for ana"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 when the server executed exactly what the policy should allow."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--otlp", metavar="URL", help="a collector that gets the spans too")
+    spans = parser.add_mutually_exclusive_group()
+    spans.add_argument("--otlp", metavar="URL", help="a collector that gets the spans too")
+    spans.add_argument("--jaeger", metavar="FILE", help="the same, Jaeger: started if none runs")
     parser.add_argument(
         "--policy",
         type=Path,
@@ -54,18 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             _explain(error, Path(folder))
             return 1
-        screen.table(answers, done)
-        found = problems(answers, done) + _trees(screen, collector, answers)
-        _where(screen, collector, options.otlp)
-    return _verdict(screen, answers, done, found, time.monotonic() - began)
+        cells = collector.cells()
+        screen.table(answers, done, cells)
+        found = problems(answers, done, cells) + _trees(screen, collector, answers)
+        if options.jaeger is None:
+            _where(screen, collector, options.otlp)
+        code = _verdict(screen, answers, done, found, time.monotonic() - began)
+        if options.jaeger is not None:
+            _in_jaeger(screen, collector, options.jaeger)
+    return code
 
 
 def _run(
     folder: Path, policy: Path, collector: Collector, screen: Screen
 ) -> tuple[list[Answer], Done]:
     """Play it; afterwards every process has ended, and every span has come."""
-    sidecars = len(MODES) * len(story.ACTORS)
-    screen.progress(f"starting a ticket desk and {sidecars} sidecars, each with its own OPA")
+    sidecars = 1 + len(story.PIPED)
+    screen.progress(f"starting an issuer, a ticket desk and {sidecars} sidecars, each with an OPA")
     with (
         caller_spans(collector.url) as tracer,
         stage.set_up(folder, policy, collector.url, tracer) as scene,
@@ -113,6 +122,20 @@ def _where(screen: Screen, collector: Collector, otlp: str | None) -> None:
         screen.say(f"The spans could not be sent to {otlp}: {failure}", "wrong")
     else:
         screen.say(f"All spans were sent to {otlp}: look for the service {SIDECAR} there.")
+
+
+def _in_jaeger(screen: Screen, collector: Collector, binary: str) -> None:
+    """Send the spans to the Jaeger that runs, else to one that runs until Enter is pressed."""
+    there = Jaeger.at(os.environ)
+    ours = not there.answers
+    with jaeger(binary, os.environ) if ours else nullcontext():
+        _where(screen, collector, there.otlp)
+        screen.say(f"What agents were denied: {there.search_page(SIDECAR, DENIED_TO_AGENTS)}")
+        screen.say(f"The same without pages: {there.search_api(SIDECAR, DENIED_TO_AGENTS)}")
+        if ours:
+            screen.say("Jaeger runs until you press Enter.")
+            with suppress(KeyboardInterrupt):
+                sys.stdin.readline()
 
 
 def _verdict(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from tests.demo.stage import MODES, Answer, Transport
-from tests.demo.story import LIST, Actor, Step
-from tests.demo.verdict import Done, is_fine
+from tests.demo.story import ACTORS, LIST, Actor, Cell, Step
+from tests.demo.verdict import Cells, Done, is_fine
 from tests.support.otlp import Span
 from tests.support.ticket_desk import LISTED
 
@@ -26,13 +27,19 @@ RESET = "\x1b[0m"
 COLUMNS = (
     ("ACTOR", 17),
     ("ACTION", 25),
+    ("RESOURCE", 19),
     ("DECISION", 8),
     ("REASON", 24),
     ("SERVER EXECUTED", 15),
-    ("STDIO", 8),
-    ("HTTP", 8),
+    ("STDIO", 6),
+    ("HTTP", 6),
 )
-SPOKEN = "The client is the official one: over stdio with a handshake, over HTTP stateless."
+ABSENT = Cell("(no span)", "", "", "", "", "")
+SPOKEN = (
+    "Actor, resource, decision and reason are from the sidecar's spans; times are milliseconds.",
+    "The client is the official one. Over HTTP, stateless, each request has a token of its actor;",
+    "over stdio, with a handshake, the configuration says who is there.",
+)
 # What the server span says, in this order; the rest of a trace is for Jaeger.
 SHOWN = (
     "actor.type",
@@ -66,37 +73,33 @@ class Screen:
         """One line."""
         print(self._in(style, line))
 
-    def table(self, answers: Sequence[Answer], done: Done) -> None:
+    def table(self, answers: Sequence[Answer], done: Done, cells: Cells) -> None:
         """One row for what an actor did over both transports, two where they differ."""
         self.say(_row(name for name, _ in COLUMNS), "bold")
-        for actor, rows in groupby(_rows(answers, done), key=lambda row: row[0].actor):
+        for _, rows in groupby(_rows(answers, done, cells), key=lambda row: row.answer.actor):
             self.say("─" * (sum(width for _, width in COLUMNS) + len(COLUMNS) - 1), "faint")
-            names = _wrapped(actor)
-            for answer, times, effects in rows:
-                self._line(next(names, ""), answer, times, effects, fine=is_fine(answer, done))
+            who, names = ABSENT, iter([""])
+            for row in rows:
+                if (row.cell.actor, row.cell.principal) != (who.actor, who.principal):
+                    who, names = row.cell, _wrapped(row.cell)
+                self._line(next(names, ""), row)
         self.say()
-        self.say(f"Times are milliseconds. {SPOKEN}", "faint")
+        for line in SPOKEN:
+            self.say(line, "faint")
         self.say()
 
-    def _line(
-        self,
-        name: str,
-        answer: Answer,
-        times: Mapping[Transport, float],
-        effects: Sequence[tuple[str, dict[str, Any]]],
-        *,
-        fine: bool,
-    ) -> None:
-        cells = (
+    def _line(self, name: str, row: Row) -> None:
+        columns = (
             name,
-            answer.step.title,
-            answer.decision,
-            _reason(answer),
-            ", ".join(effect for effect, _ in effects) or "–",
-            *(f"{times[each]:8.1f}" if each in times else " " * 8 for each in MODES),
+            row.answer.step.title,
+            row.cell.resource,
+            row.cell.decision,
+            _reason(row),
+            ", ".join(effect for effect, _ in row.effects) or "–",
+            *(f"{row.times[each]:6.1f}" if each in row.times else " " * 6 for each in MODES),
         )
-        style = answer.decision if fine else "wrong"
-        self.say(_row(cells) + ("" if fine else "  ✗"), style)
+        style = row.cell.decision if row.fine else "wrong"
+        self.say(_row(columns) + ("" if row.fine else "  ✗"), style)
 
     def tree(self, title: str, spans: Sequence[Span], style: str) -> None:
         """The spans of one trace, each below its parent."""
@@ -139,36 +142,44 @@ def _row(cells: Iterable[str]) -> str:
     return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
-def _wrapped(actor: Actor) -> Iterator[str]:
-    first, middle, last = actor.title.partition(" for ")
-    yield first
-    if middle:
-        yield f"  for {last}"
+def _wrapped(cell: Cell) -> Iterator[str]:
+    yield cell.actor
+    if cell.principal:
+        yield f"  for {cell.principal}"
 
 
-def _reason(answer: Answer) -> str:
-    if answer.step.method == LIST and answer.decision == "allow":
-        return f"{len(answer.listed)} of {len(LISTED)} shown"
-    return answer.reason
+def _reason(row: Row) -> str:
+    if row.answer.step.method == LIST and row.answer.decision == "allow":
+        return f"{len(row.answer.listed)} of {len(LISTED)} shown"
+    return row.cell.reason
 
 
-Row = tuple[Answer, dict[Transport, float], Sequence[tuple[str, dict[str, Any]]]]
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of one thing, and how long it took over each transport."""
+
+    answer: Answer
+    cell: Cell
+    effects: Sequence[tuple[str, dict[str, Any]]]
+    fine: bool
+    times: dict[Transport, float]
 
 
-def _rows(answers: Sequence[Answer], done: Done) -> Iterator[Row]:
+def _rows(answers: Sequence[Answer], done: Done, cells: Cells) -> Iterator[Row]:
     """What came of each step; transports that agree share a row."""
-    by_step: dict[tuple[str, Step], list[Answer]] = {}
-    for answer in answers:
-        by_step.setdefault((answer.actor.name, answer.step), []).append(answer)
+    by_step: dict[tuple[Actor, Step], list[Answer]] = {}
+    for answer in sorted(answers, key=lambda each: ACTORS.index(each.actor)):
+        by_step.setdefault((answer.actor, answer.step), []).append(answer)
     for group in by_step.values():
         seen: list[tuple[object, Row]] = []
         for answer in group:
-            effects = done.get(answer.trace_id, ())
-            outcome = (answer.decision, answer.reason, answer.listed, list(effects))
+            cell, effects = cells.get(answer.trace_id, ABSENT), done.get(answer.trace_id, ())
+            outcome = (cell, answer.decision, answer.reason, answer.listed, list(effects))
             same = next((row for other, row in seen if other == outcome), None)
             if same is not None:
-                same[1][answer.transport] = answer.milliseconds
-            else:
-                row = (answer, {answer.transport: answer.milliseconds}, effects)
-                seen.append((outcome, row))
+                same.times[answer.transport] = answer.milliseconds
+                continue
+            times = {answer.transport: answer.milliseconds}
+            row = Row(answer, cell, effects, is_fine(answer, done, cells), times)
+            seen.append((outcome, row))
         yield from (row for _, row in seen)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ import jsonschema  # noqa: F401 - the client would import it within the first ca
 from mcp import Client, MCPError
 from opentelemetry.trace import SpanKind, Tracer, format_trace_id
 
-from tests.demo.story import ACTORS, CALL, LIST, STEPS, Actor, Step
+from tests.demo.story import ACTORS, CALL, LIST, PIPED, RESOURCES, STEPS, TYPES, Actor, Step
 from tests.support import client as clients
+from tests.support.identity import Idp, idp
+from tests.support.identity import policy as policy_of
 from tests.support.processes import (
     ADMIN,
     desk,
@@ -37,7 +38,9 @@ from tests.support.processes import (
 Transport = Literal["stdio", "http"]
 # One era each, so that both are shown.
 MODES: dict[Transport, str] = {"stdio": clients.LEGACY, "http": clients.MODERN}
+PLAYED: dict[Transport, Sequence[Actor]] = {"stdio": PIPED, "http": ACTORS}
 DENIED = (-31403, -32601)
+LOG = "executed.jsonl"
 DESK = "ticket-desk"
 
 
@@ -57,17 +60,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where the demo plays: the desk's log, and the sidecars over HTTP by actor."""
+    """Where the demo plays: the desk's log, and how the sidecars are set up and reached."""
 
     folder: Path
     policy: Path
     otlp: str
-    urls: dict[Actor, str]
+    url: str
+    issuer: Idp
     tracer: Tracer
 
     @property
     def log(self) -> Path:
-        return self.folder / "executed.jsonl"
+        return self.folder / LOG
 
     def done(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         """What the server executed, by its own log, for each trace."""
@@ -77,32 +81,36 @@ class Stage:
             by_trace.setdefault(record["trace_id"] or "no trace", []).append(effect)
         return by_trace
 
-    def options(self, actor: Actor) -> list[str]:
-        """The sidecar's options for an actor; a configuration file says who acts for somebody."""
-        common = ["--policy", str(self.policy), "--otlp", self.otlp]
-        if actor.identity is None:
-            return common
-        if "on_behalf_of" not in actor.identity:
-            return [*common, "--actor", f"{actor.identity['type']}:{actor.identity['id']}"]
-        file = self.folder / f"{actor.name}.yaml"  # JSON is YAML
-        file.write_text(json.dumps({"identity": {"static": actor.identity}}), encoding="utf-8")
-        return [*common, "--config", str(file)]
+    def wrapped(self, actor: Actor) -> list[str]:
+        """The command of a desk behind a sidecar that is told who is on the other end."""
+        identity = {} if actor.static is None else {"static": actor.static}
+        said = _options(self.folder / f"{actor.title}.yaml", self.policy, self.otlp, identity)
+        server = desk(self.log, "--otlp", self.otlp)
+        return sidecar("stdio", *said, "--admin", "127.0.0.1:0", "--", *server)
+
+    def headers(self, actor: Actor) -> dict[str, str]:
+        """A token of theirs, as a client sends it."""
+        return {"Authorization": f"Bearer {self.issuer.token(dict(actor.claims))}"}
 
 
 @contextmanager
 def set_up(folder: Path, policy: Path, otlp: str, tracer: Tracer) -> Iterator[Stage]:
-    """The ticket desk over HTTP, with a sidecar for each actor in front of it."""
-    stage = Stage(folder, policy, otlp, {}, tracer)
+    """The ticket desk over HTTP, and in front of it a sidecar that believes one issuer."""
     with ExitStack() as stack:
-        server = stack.enter_context(ticket_desk(stage.log, "--otlp", otlp))
+        issuer = stack.enter_context(idp())
+        server = stack.enter_context(ticket_desk(folder / LOG, "--otlp", otlp))
+        identity = {"jwt": [issuer.believed()], "types": TYPES}
+        for_its_principals = policy_of(folder, issuer.url, source=policy)
+        said = _options(folder / "http.yaml", for_its_principals, otlp, identity)
+        front = stack.enter_context(http_sidecar(server.url, *said, env=_environment()))
+        yield Stage(folder, policy, otlp, front.url, issuer, tracer)
 
-        def start(actor: Actor) -> str:
-            started = http_sidecar(server.url, *stage.options(actor), env=_environment())
-            return stack.enter_context(started).url
 
-        with ThreadPoolExecutor(len(ACTORS)) as pool:
-            stage.urls.update(zip(ACTORS, pool.map(start, ACTORS), strict=True))
-        yield stage
+def _options(file: Path, policy: Path, otlp: str, identity: Mapping[str, Any]) -> list[str]:
+    """The sidecar's; JSON is YAML."""
+    said = {"identity": identity, "resources": RESOURCES}
+    file.write_text(json.dumps(said), encoding="utf-8")
+    return ["--config", str(file), "--policy", str(policy), "--otlp", otlp]
 
 
 def _environment() -> dict[str, str]:
@@ -112,11 +120,11 @@ def _environment() -> dict[str, str]:
 async def play(
     stage: Stage, progress: Callable[[str], None], settle: Callable[[Sequence[Answer]], None]
 ) -> list[Answer]:
-    """All actors on both transports; nobody begins before everybody is there.
+    """All actors on their transports; nobody begins before everybody is there.
 
     Nobody leaves before `settle` has returned: until then every process still runs.
     """
-    lanes = [(actor, transport) for transport in MODES for actor in ACTORS]
+    lanes = [(actor, transport) for transport, actors in PLAYED.items() for actor in actors]
     everybody, turn = asyncio.Barrier(len(lanes)), asyncio.Lock()
     answers: dict[tuple[Actor, Transport], list[Answer]] = {}
 
@@ -141,21 +149,17 @@ async def play(
 async def _client(stage: Stage, actor: Actor, transport: Transport) -> AsyncIterator[Client]:
     mode = MODES[transport]
     if transport == "http":
-        async with clients.over_http(stage.urls[actor], mode) as client:
+        headers = stage.headers(actor)
+        async with clients.over_http(stage.url, mode, headers=headers) as client:
             yield client
         return
-    errors = stage.folder / f"{actor.name}.log"
+    errors = stage.folder / f"{actor.title}.log"
     async with clients.over_stdio(
-        _wrapped(stage, actor), mode, env=_environment(), errors=errors
+        stage.wrapped(actor), mode, env=_environment(), errors=errors
     ) as client:
         found = await asyncio.to_thread(wait_for_line, errors, ADMIN)
         await asyncio.to_thread(wait_ready, found[1])
         yield client
-
-
-def _wrapped(stage: Stage, actor: Actor) -> Sequence[str]:
-    server = desk(stage.log, "--otlp", stage.otlp)
-    return sidecar("stdio", *stage.options(actor), "--admin", "127.0.0.1:0", "--", *server)
 
 
 async def _do(
@@ -163,7 +167,7 @@ async def _do(
 ) -> Answer:
     """One thing, in a span of the caller's own, which the official client passes on."""
     decision: Literal["allow", "deny", "error"]
-    name = f"{actor.name}: {step.title}"
+    name = f"{actor.title}: {step.title}"
     with stage.tracer.start_as_current_span(name, kind=SpanKind.CLIENT) as span:
         trace_id = format_trace_id(span.get_span_context().trace_id)
         began = time.perf_counter()

@@ -13,9 +13,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Tracer
 
+from tests.demo.story import Cell
 from tests.support.otlp import Sink
 
 CLIENT = "demo-client"
+SIDECAR, OPA = "mcp-opa-sidecar", "opa"
 TRACES = "/v1/traces"
 
 
@@ -31,6 +33,11 @@ class Collector(Sink):
         if path == TRACES:
             self._bodies.append(body)
         return super().answer(path, body)
+
+    def cells(self) -> dict[str, Cell]:
+        """What the sidecars have written down, by trace."""
+        told = [span for span in self.spans if (span.service, span.kind) == (SIDECAR, "SERVER")]
+        return {span.trace_id: Cell.of(span.attributes) for span in told}
 
     def pass_on(self, url: str) -> str | None:
         """Send everything to the collector at `url`; why not, if that fails."""

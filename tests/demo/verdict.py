@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.demo.stage import Answer
-from tests.demo.story import ALLOWED, LIST, VISIBLE, expected
+from tests.demo.story import ALLOWED, LIST, VISIBLE, Cell, expected, written
 
 Done = Mapping[str, Sequence[tuple[str, dict[str, Any]]]]
+"""What the server executed, by trace."""
+
+Cells = Mapping[str, Cell]
+"""What the sidecar has written down, by trace."""
 
 
-def problems(answers: Sequence[Answer], done: Done) -> list[str]:
+def problems(answers: Sequence[Answer], done: Done, cells: Cells) -> list[str]:
     """Everything that is not as the story has it, in words; nothing means all is well."""
-    found = [
-        problem for answer in answers for problem in _of(answer, done.get(answer.trace_id, ()))
-    ]
+    found = [problem for answer in answers for problem in _of(answer, done, cells)]
     ours = {answer.trace_id for answer in answers}
     for trace_id, effects in done.items():
         if trace_id not in ours:
@@ -23,13 +25,13 @@ def problems(answers: Sequence[Answer], done: Done) -> list[str]:
     return found
 
 
-def is_fine(answer: Answer, done: Done) -> bool:
+def is_fine(answer: Answer, done: Done, cells: Cells) -> bool:
     """Whether this one answer is as the story has it."""
-    return not list(_of(answer, done.get(answer.trace_id, ())))
+    return not list(_of(answer, done, cells))
 
 
-def _of(answer: Answer, effects: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    actor, step = answer.actor, answer.step
+def _of(answer: Answer, done: Done, cells: Cells) -> Iterator[str]:
+    actor, step, effects = answer.actor, answer.step, done.get(answer.trace_id, ())
     what = f"{actor.title} over {answer.transport}, {step.title}"
     should = expected(actor, step)
     came_of_it = ALLOWED if answer.decision == "allow" else answer.reason
@@ -40,6 +42,9 @@ def _of(answer: Answer, effects: Sequence[tuple[str, dict[str, Any]]]) -> Iterat
     right = [step.effect] if should == ALLOWED and step.effect is not None else []
     if list(effects) != right:
         yield f"{what}: the server executed {_said(effects)}, and should have {_said(right)}"
+    cell, right_cell = cells.get(answer.trace_id), written(actor, step, should)
+    if cell != right_cell:
+        yield f"{what}: the span says {cell}, and should say {right_cell}"
     if step.method == LIST and answer.listed != VISIBLE[actor]:
         yield f"{what}: saw {', '.join(answer.listed)}, and should see {', '.join(VISIBLE[actor])}"
 

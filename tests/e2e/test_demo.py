@@ -13,13 +13,27 @@ from typing import Any
 import pytest
 
 from tests.demo.screen import Screen
-from tests.demo.stage import Answer, Transport
-from tests.demo.story import ACTORS, ALLOWED, ANA, BOT, STEPS, VISIBLE, Actor, Step, expected
+from tests.demo.stage import PLAYED, Answer, Transport
+from tests.demo.story import (
+    ACTORS,
+    ALLOWED,
+    ANA,
+    BOT,
+    BOT_FOR_ANA,
+    NOBODY,
+    STEPS,
+    VISIBLE,
+    Actor,
+    Cell,
+    Step,
+    expected,
+    written,
+)
 from tests.demo.verdict import problems
 from tests.support.otlp import Sink
 from tests.support.processes import ALLOW_ALL, ROOT, environment
 
-TRANSPORTS: tuple[Transport, ...] = ("stdio", "http")
+LANES = [(actor, transport) for transport, actors in PLAYED.items() for actor in actors]
 DELETE = next(step for step in STEPS if step.tool == "delete_ticket")
 GET = next(step for step in STEPS if step.tool == "get_ticket")
 
@@ -41,10 +55,12 @@ def test_it_shows_the_main_job_and_passes_the_spans_on(opa_bin: Path) -> None:
         done = play(opa_bin, "--otlp", sink.url)
     assert done.returncode == 0, done.stdout + done.stderr
     for actor in ACTORS:
-        assert actor.title.partition(" for ")[0] in done.stdout
+        first, _, behind = actor.title.partition(" for ")
+        assert f"\n{first} " in done.stdout
+        assert not behind or f"\n  for {behind} " in done.stdout
     for step in STEPS:
         assert done.stdout.count(f" {step.title} ") >= len(ACTORS), step.title
-    for word in ("argument_not_allowed", "not_granted_to_principal", "unknown_actor", "4 of 5"):
+    for word in ("not_granted_to_principal", "unknown_actor", "ticket:4711", "4 of 5"):
         assert word in done.stdout
     allowed, _, denied = done.stdout.partition("ALLOWED:")[2].partition("DENIED:")
     assert [allowed.count(name) for name in ("opa: ", "ticket-desk: ")] == [1, 1]
@@ -52,16 +68,16 @@ def test_it_shows_the_main_job_and_passes_the_spans_on(opa_bin: Path) -> None:
     assert "\x1b" not in done.stdout
     assert "exactly those that the policy allows" in done.stdout
     services = Counter(span.service for span in sink.spans)
-    requests = len(ACTORS) * len(STEPS) * len(TRANSPORTS)
+    requests = len(LANES) * len(STEPS)
     assert services["demo-client"] == requests
     assert services["mcp-opa-sidecar"] > requests
-    assert services["opa"] >= requests - len(ACTORS) * len(TRANSPORTS)
+    assert services["opa"] >= requests - len(LANES)
 
 
 def test_it_notices_a_policy_that_allows_too_much(opa_bin: Path) -> None:
     done = play(opa_bin, "--policy", str(ALLOW_ALL))
     assert done.returncode == 1
-    assert "✗ unknown caller over http, export_all (never listed): the server executed" in (
+    assert "✗ unknown anonymous over http, export_all (never listed): the server executed" in (
         done.stdout
     )
     assert "make demo OTLP=http://localhost:4318" in done.stdout
@@ -79,12 +95,12 @@ def test_it_says_why_it_can_not_be_played(opa_bin: Path, tmp_path: Path) -> None
 
 def told() -> list[Answer]:
     """What the callers get when all is well."""
-    return [_told(a, s, t) for t in TRANSPORTS for a in ACTORS for s in STEPS]
+    return [_told(actor, step, transport) for actor, transport in LANES for step in STEPS]
 
 
 def _told(actor: Actor, step: Step, transport: Transport) -> Answer:
     reason = expected(actor, step)
-    trace = f"{actor.name} {step.title} {transport}"
+    trace = f"{actor.title} {step.title} {transport}"
     listed = VISIBLE[actor] if step.method == "tools/list" else ()
     if reason == ALLOWED:
         return Answer(actor, step, transport, "allow", "", 1.0, trace, listed)
@@ -100,12 +116,26 @@ def executed(answers: list[Answer]) -> dict[str, list[tuple[str, dict[str, Any]]
     }
 
 
+def seen(answers: list[Answer]) -> dict[str, Cell]:
+    """What the sidecar writes down when all is well."""
+    return {
+        each.trace_id: written(each.actor, each.step, expected(each.actor, each.step))
+        for each in answers
+    }
+
+
 def trace(actor: Actor, step: Step) -> str:
     return _told(actor, step, "http").trace_id
 
 
+def test_every_type_of_actor_is_there_alone_and_for_a_human() -> None:
+    cells = {(each.type, each.on_behalf_of is not None) for each in ACTORS}
+    types = ("human", "service", "agent", "unknown")
+    assert cells == {(kind, behind) for kind in types for behind in (False, True)}
+
+
 def test_nothing_is_wrong_when_all_is_as_it_should_be() -> None:
-    assert problems(told(), executed(told())) == []
+    assert problems(told(), executed(told()), seen(told())) == []
 
 
 @pytest.mark.parametrize(
@@ -117,7 +147,10 @@ def test_nothing_is_wrong_when_all_is_as_it_should_be() -> None:
         ),
         pytest.param(trace(ANA, GET), [GET.effect] * 2, "and get_ticket", id="twice"),
         pytest.param(
-            trace(BOT, DELETE), [DELETE.effect], "and should have nothing", id="what was denied"
+            trace(BOT_FOR_ANA, DELETE),
+            [DELETE.effect],
+            "and should have nothing",
+            id="what was denied",
         ),
         pytest.param("nobody's", [DELETE.effect], "nobody asked for", id="what nobody asked for"),
     ],
@@ -125,19 +158,35 @@ def test_nothing_is_wrong_when_all_is_as_it_should_be() -> None:
 def test_the_server_must_execute_what_was_allowed_and_nothing_else(
     trace_id: str, effects: list[tuple[str, dict[str, Any]]], said: str
 ) -> None:
-    (problem,) = problems(told(), {**executed(told()), trace_id: effects})
+    (problem,) = problems(told(), {**executed(told()), trace_id: effects}, seen(told()))
     assert said in problem
 
 
 def test_a_caller_must_get_the_right_reason_and_see_its_own_tools() -> None:
     answers = told()
-    done = executed(answers)
+    done, cells = executed(answers), seen(answers)
     wrong = replace(answers[5], reason="not_granted")
-    (problem,) = problems([*answers[:5], wrong, *answers[6:]], done)
+    (problem,) = problems([*answers[:5], wrong, *answers[6:]], done, cells)
     assert "not_granted, and should be argument_not_allowed" in problem
-    curious = replace(answers[0], listed=VISIBLE[BOT])
-    (problem,) = problems([curious, *answers[1:]], done)
+    curious = replace(answers[0], listed=VISIBLE[BOT_FOR_ANA])
+    (problem,) = problems([curious, *answers[1:]], done, cells)
     assert "should see" in problem
+
+
+@pytest.mark.parametrize("wrong", list(Cell.__dataclass_fields__))
+def test_a_span_must_say_what_was_done_by_whom_and_why(wrong: str) -> None:
+    cells, cell = seen(told()), trace(BOT, DELETE)
+    (problem,) = problems(
+        told(), executed(told()), {**cells, cell: replace(cells[cell], **{wrong: "?"})}
+    )
+    assert f"{wrong}='?'" in problem
+
+
+def test_a_span_that_is_missing_is_missed() -> None:
+    cells = seen(told())
+    del cells[trace(NOBODY, GET)]
+    (problem,) = problems(told(), executed(told()), cells)
+    assert "the span says None" in problem
 
 
 # ── The screen ────────────────────────────────────────────────────────────────────────────────────
@@ -169,7 +218,7 @@ def test_colours_and_progress_are_for_terminals(
     monkeypatch.setattr(sys, "stderr", errors)
     screen = Screen(environ)
     screen.progress("starting")
-    screen.table(told(), executed(told()))
+    screen.table(told(), executed(told()), seen(told()))
     assert ("\x1b[" in out.getvalue()) is coloured
     assert ("starting" in errors.getvalue()) is (stream is Terminal)
 
@@ -178,12 +227,13 @@ def test_a_row_is_for_both_transports_and_two_rows_where_they_differ(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     answers = told()
-    Screen({}).table(answers, executed(answers))
+    Screen({}).table(answers, executed(answers), seen(answers))
     rows = [line for line in capsys.readouterr().out.splitlines() if DELETE.title in line]
     assert len(rows) == len(ACTORS)
     effect = DELETE.effect
     assert effect is not None
-    Screen({}).table(answers, {**executed(answers), trace(BOT, DELETE): [effect]})
+    done = {**executed(answers), trace(BOT_FOR_ANA, DELETE): [effect]}
+    Screen({}).table(answers, done, seen(answers))
     rows = [line for line in capsys.readouterr().out.splitlines() if DELETE.title in line]
     assert len(rows) == len(ACTORS) + 1
     assert [line.endswith("✗") for line in rows].count(True) == 1

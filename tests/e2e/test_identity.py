@@ -5,18 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jwt
 import pytest
-from mcp import MCPError
+from mcp import Client, MCPError
 
+from tests.demo.story import (
+    ACTORS,
+    ALLOWED,
+    ANA,
+    BOT_FOR_ANA,
+    EXPECTED,
+    NOBODY,
+    RESOURCES,
+    STEPS,
+    TYPES,
+    VISIBLE,
+    Actor,
+    Cell,
+    Step,
+    written,
+)
 from tests.support import client as clients
-from tests.support.client import LEGACY, MODERN, codes, tools_of
+from tests.support.client import LEGACY, MODERN, ask, codes, tools_of
 from tests.support.identity import METADATA, Idp, Place, guarded, policy
-from tests.support.issuing import DROP, b64, claims, key_set, nested, own_claims, signer
+from tests.support.issuing import DROP, b64, claims, key_set, nested, signer
 from tests.support.otlp import Span
 from tests.support.processes import Process, done, get, wait_until
 from tests.support.raw import (
@@ -31,54 +46,45 @@ from tests.support.raw import (
     post,
     request,
 )
-from tests.support.ticket_desk import LISTED
 
-READ: dict[str, dict[str, Any]] = {
-    "search_tickets": {"query": "kettle"},
-    "get_ticket": {"id": 4711},
-}
-CELLS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, arguments) for name, arguments in READ.items()},
-    "create_ticket": ("create_ticket", {"title": "x"}),
-    "refund 40": ("refund_ticket", {"id": 4711, "amount": 40}),
-    "refund 80": ("refund_ticket", {"id": 4711, "amount": 80}),
-    "delete_ticket": ("delete_ticket", {"id": 1}),
-}
-
-
-@dataclass(frozen=True)
-class Who:
-    """Somebody: what the token says, what the policy allows, and what is written down."""
-
-    claims: dict[str, Any]
-    allowed: set[str]
-    type: str
-    id: str
-    on_behalf_of: str | None = None
-
-
-ANA = {"sub": "ana", "groups": DROP}
-FOR_ANA = ({*READ, "refund 40"}, "agent", "support-bot", "ana")
-WHO = {
-    "human": Who(claims(**ANA), {*READ, "create_ticket", "refund 40", "refund 80"}, "human", "ana"),
-    "service": Who(own_claims("reporting"), {*READ}, "service", "reporting"),
-    "agent": Who(own_claims("support-bot"), {*READ, "delete_ticket"}, "agent", "support-bot"),
-    "agent for ana, by act": Who(claims(**ANA, act=nested("support-bot")), *FOR_ANA),
-    "agent for ana, by client": Who(claims(**{**ANA, "client_id": "support-bot"}), *FOR_ANA),
-    "agent for a stranger": Who(
-        claims(sub="eve", client_id="support-bot"), set(), "agent", "support-bot", "eve"
+# The demo's actors, others that are one of them by another kind of token, and who only looks so.
+UNKNOWN_ANA = Actor("unknown", "ana", claims(sub="ana", groups=DROP, client_id="else"))
+MATRIX = {
+    **{each.title: (each, EXPECTED[each], VISIBLE[each]) for each in ACTORS},
+    "agent for ana, by act": (
+        replace(BOT_FOR_ANA, claims=claims(sub="ana", groups=DROP, act=nested("support-bot"))),
+        EXPECTED[BOT_FOR_ANA],
+        VISIBLE[BOT_FOR_ANA],
     ),
-    "a service's name for a human": Who(claims(sub="reporting"), set(), "human", "reporting"),
-    "a client that is not listed": Who(
-        claims(**{**ANA, "client_id": "else"}), set(), "unknown", "ana"
+    "agent for a stranger": (
+        Actor("agent", "support-bot", claims(sub="ben", client_id="support-bot"), "ben"),
+        (
+            *["not_granted_to_principal"] * 2,
+            "not_granted",
+            "not_granted_to_principal",
+            "argument_not_allowed",
+            "not_granted_to_principal",
+            "unknown_tool",
+            "unknown_tool",
+            "unknown_method",
+        ),
+        (),
     ),
+    "a service's name for a human": (
+        Actor("human", "reporting", claims(sub="reporting")),
+        (*["not_granted"] * 6, "unknown_tool", "unknown_tool", "unknown_method"),
+        (),
+    ),
+    "a client that is not listed": (UNKNOWN_ANA, EXPECTED[NOBODY], ()),
 }
+HUMAN = {"sub": "ana", "groups": DROP}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, opa_bin: Path) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("identity")
-    with guarded(folder, opa_bin, scopes=["tickets:read"]) as place:
+    more = {"resources": RESOURCES}
+    with guarded(folder, opa_bin, more=more, types=TYPES, scopes=["tickets:read"]) as place:
         yield place
 
 
@@ -93,48 +99,52 @@ def alone(tmp_path: Path, opa_bin: Path) -> Iterator[Place]:
 
 
 @pytest.mark.parametrize("mode", [LEGACY, MODERN])
-@pytest.mark.parametrize("name", WHO)
+@pytest.mark.parametrize("name", MATRIX)
 async def test_each_actor_does_exactly_what_is_granted(place: Place, name: str, mode: str) -> None:
-    who, before = WHO[name], len(done(place.log))
+    (actor, outcomes, visible), before = MATRIX[name], len(done(place.log))
     records, spans = len(place.records()), len(place.sink.spans)
-    headers = {"Authorization": f"Bearer {place.issuer.token(who.claims)}"}
-    reasons: dict[str, str] = {}
+    headers = {"Authorization": f"Bearer {place.issuer.token(dict(actor.claims))}"}
     async with clients.over_http(place.url, mode, headers=headers) as client:
-        visible = {CELLS[cell][0] for cell in who.allowed}
-        assert await tools_of(client) == [each for each in LISTED if each in visible]
-        for cell, (tool, arguments) in CELLS.items():
-            try:
-                await client.call_tool(tool, arguments)
-            except MCPError as error:
-                reasons[cell] = codes(error)[0]
-    allowed = [cell for cell in CELLS if cell not in reasons]
-    assert set(allowed) == who.allowed
-    assert done(place.log)[before:] == [CELLS[cell][0] for cell in allowed]
-    await asyncio.to_thread(_is_written_down, place, who, reasons, records, spans)
+        assert await tools_of(client) == list(visible)
+        assert [await _outcome(client, step) for step in STEPS[1:]] == list(outcomes)
+    expected = [written(actor, *each) for each in zip(STEPS[1:], outcomes, strict=True)]
+    assert done(place.log)[before:] == [cell.tool for cell in expected if cell.decision == "allow"]
+    await asyncio.to_thread(_is_written_down, place, actor, expected, records, spans)
+
+
+async def _outcome(client: Client, step: Step) -> str:
+    try:
+        if step.tool is None:
+            await ask(client, step.method)
+        else:
+            await client.call_tool(step.tool, dict(step.arguments))
+    except MCPError as error:
+        return codes(error)[0]
+    return ALLOWED
 
 
 def _is_written_down(
-    place: Place, who: Who, reasons: dict[str, str], records: int, spans: int
+    place: Place, actor: Actor, expected: list[Cell], records: int, spans: int
 ) -> None:
-    """Audit and spans of every cell name actor, principal, tool and reason."""
-    written = [each for each in place.records()[records:] if each["method"] == "tools/call"]
-    decisions = [each for each in written if each["type"] == "decision"]
-    chain = [f"{place.issuer.url}|{each}" for each in (who.id, who.on_behalf_of) if each]
-    assert [
-        (each["targets"][0]["name"], each["decision"], [p["key"] for p in each["chain"]])
-        for each in decisions
-    ] == [(CELLS[c][0], "deny" if c in reasons else "allow", chain) for c in CELLS]
+    """Audit and spans of every cell name actor, principal, tool, resource and reason."""
+    chain = [f"{place.issuer.url}|{each}" for each in (actor.id, actor.on_behalf_of) if each]
+    methods = {step.method for step in STEPS[1:]}
+    decisions = [
+        (each["decision"], each.get("resource"), [principal["key"] for principal in each["chain"]])
+        for each in place.records()[records:]
+        if each["type"] == "decision" and each["method"] in methods
+    ]
+    mapped = [cell.resource if cell.resource.startswith("ticket:") else None for cell in expected]
+    told = zip(expected, mapped, strict=True)
+    assert decisions == [(cell.decision, resource, chain) for cell, resource in told]
 
     def ours(span: Span) -> bool:
-        return span.kind == "SERVER" and span.name.startswith("tools/call")
+        said = span.attributes.get("mcp.method.name")
+        return span.kind == "SERVER" and said in methods and "authz.decision" in span.attributes
 
-    place.sink.wait_for(len(CELLS) + sum(map(ours, place.sink.spans[:spans])), where=ours)
+    place.sink.wait_for(len(expected) + sum(map(ours, place.sink.spans[:spans])), where=ours)
     found = sorted(filter(ours, place.sink.spans[spans:]), key=lambda span: span.start)
-    told = ("actor.type", "actor.id", "actor.on_behalf_of", "authz.reason")
-    assert [[each.attributes.get(name) for name in told] for each in found] == [
-        [who.type, who.id, who.on_behalf_of, reasons.get(cell)] for cell in CELLS
-    ]
-    assert [each.attributes["gen_ai.tool.name"] for each in found] == [c[0] for c in CELLS.values()]
+    assert [Cell.of(each.attributes) for each in found] == expected
 
 
 # ── Who is not let in ─────────────────────────────────────────────────────────────────────────────
@@ -143,35 +153,35 @@ def _is_written_down(
 def _confused(issuer: Idp) -> str:
     """Signed by HMAC with what everybody knows: the public key."""
     head = {"alg": "HS256", "typ": "JWT", "kid": "key-1"}
-    said = claims(**ANA, iss=issuer.url)
+    said = claims(**HUMAN, iss=issuer.url)
     signed = f"{b64(json.dumps(head).encode())}.{b64(json.dumps(said).encode())}"
     hmac = jwt.algorithms.HMACAlgorithm(jwt.algorithms.HMACAlgorithm.SHA256)
     return f"{signed}.{b64(hmac.sign(signed.encode(), signer().public_pem()))}"
 
 
 def _unsigned(issuer: Idp) -> str:
-    said = claims(**ANA, iss=issuer.url)
+    said = claims(**HUMAN, iss=issuer.url)
     return ".".join((b64(b'{"alg": "none"}'), b64(json.dumps(said).encode()), ""))
 
 
 BAD: dict[str, tuple[str, Callable[[Idp], str]]] = {
-    "another audience": ("token_audience", lambda idp: idp.token(claims(**ANA, aud="https://x"))),
-    "expired": ("token_expired", lambda idp: idp.token(claims(**ANA), iat=1, exp=1_700_000_000)),
-    "not yet": ("token_not_yet_valid", lambda idp: idp.token(claims(**ANA, nbf=4_000_000_000))),
-    "unknown key": ("token_key_unknown", lambda idp: idp.token(claims(**ANA), signer("key-9"))),
-    "another issuer": ("token_issuer", lambda idp: idp.token(claims(**ANA), iss="https://x")),
-    "no issuer": ("token_issuer", lambda idp: idp.token(claims(**ANA), iss=DROP)),
+    "another audience": ("token_audience", lambda idp: idp.token(claims(**HUMAN, aud="https://x"))),
+    "expired": ("token_expired", lambda idp: idp.token(claims(**HUMAN), iat=1, exp=1_700_000_000)),
+    "not yet": ("token_not_yet_valid", lambda idp: idp.token(claims(**HUMAN, nbf=4_000_000_000))),
+    "unknown key": ("token_key_unknown", lambda idp: idp.token(claims(**HUMAN), signer("key-9"))),
+    "another issuer": ("token_issuer", lambda idp: idp.token(claims(**HUMAN), iss="https://x")),
+    "no issuer": ("token_issuer", lambda idp: idp.token(claims(**HUMAN), iss=DROP)),
     "HMAC": ("token_algorithm", _confused),
     "unsigned": ("token_algorithm", _unsigned),
-    "changed": ("token_signature", lambda idp: _changed(idp.token(claims(**ANA)))),
+    "changed": ("token_signature", lambda idp: _changed(idp.token(claims(**HUMAN)))),
     "not a JWT": ("token_malformed", lambda idp: "opaque"),
     "an actor that is a text": (
         "chain_malformed",
-        lambda idp: idp.token(claims(**ANA, act="support-bot")),
+        lambda idp: idp.token(claims(**HUMAN, act="support-bot")),
     ),
     "nine in a chain": (
         "chain_too_long",
-        lambda idp: idp.token(claims(**ANA, act=nested(*map(str, range(8))))),
+        lambda idp: idp.token(claims(**HUMAN, act=nested(*map(str, range(8))))),
     ),
 }
 
@@ -201,6 +211,9 @@ def test_a_bad_token_executes_nothing(place: Place, name: str) -> None:
         wire.request(headers=(*JSON_HEADERS, ("Authorization", f"Bearer {token}")), verb="GET")
         _refused(wire.answer("GET"), code)
     assert done(place.log) == before
+    refused = [each for each in place.records() if each["type"] == "refused"]
+    told = {(each["reason"], each["source_address"], each["path"]) for each in refused}
+    assert (code, "127.0.0.1", "/mcp") in told
 
 
 @pytest.mark.parametrize(
@@ -219,19 +232,19 @@ def test_the_header_is_one_bearer_token(place: Place, given: tuple[str, ...]) ->
 
 
 def test_two_headers_are_not_one(place: Place) -> None:
-    good = ("Authorization", f"Bearer {place.issuer.token(claims(**ANA))}")
+    good = ("Authorization", f"Bearer {place.issuer.token(claims(**HUMAN))}")
     assert post(place.url, initialize(), [good]).status == 200
     _refused(post(place.url, initialize(), [good, good]), "token_malformed")
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_the_scheme_has_no_case(place: Place, scheme: str) -> None:
-    given = [("Authorization", f"{scheme} {place.issuer.token(claims(**ANA))}")]
+    given = [("Authorization", f"{scheme} {place.issuer.token(claims(**HUMAN))}")]
     assert post(place.url, initialize(), given).status == 200
 
 
 def test_who_shows_nothing_is_told_what_to_ask_for(place: Place) -> None:
-    token = place.issuer.token(claims(**ANA))
+    token = place.issuer.token(claims(**HUMAN))
     for target in (None, f"/mcp?access_token={token}"):
         answer = post(place.url, initialize(), target=target)
         assert answer.status == 401
@@ -266,37 +279,43 @@ def test_the_metadata_is_the_sidecars_own_and_for_everybody(place: Place) -> Non
 
 
 def test_nobody_uses_the_session_of_another(place: Place) -> None:
-    tokens = {name: place.issuer.token(who.claims) for name, who in WHO.items()}
-    opened = place.post(initialize(), tokens["human"])
+    tokens = {name: place.issuer.token(dict(who.claims)) for name, (who, *_) in MATRIX.items()}
+    opened = place.post(initialize(), tokens["human ana"])
     session = ("Mcp-Session-Id", opened.headers["mcp-session-id"])
+    greeted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    assert place.post(greeted, tokens["human ana"], session).status == 202
     asked = call(2, "get_ticket", id=4711)
-    the_same = {"human", "a client that is not listed"}  # ana again, who is judged anew
+    the_same = {"human ana", "a client that is not listed"}  # ana again, who is judged anew
     for name, token in tokens.items():
         status = place.post(asked, token, session).status
         assert status == (200 if name in the_same else 404), name
-    renewed = place.issuer.token(WHO["human"].claims, jti="t-2")
+    renewed = place.issuer.token(dict(ANA.claims), jti="t-2")
     assert place.post(asked, renewed, session).status == 200
     with Wire(place.url) as wire:
-        bearer = ("Authorization", f"Bearer {tokens['service']}")
+        bearer = ("Authorization", f"Bearer {tokens['service reporting']}")
         wire.request(headers=(*JSON_HEADERS, bearer, session), verb="DELETE")
         assert wire.answer("DELETE").status == 404
-    assert place.post(asked, tokens["human"], session).status == 200
+    assert place.post(asked, tokens["human ana"], session).status == 200
 
 
 def test_keys_are_rotated_while_it_runs(alone: Place) -> None:
-    first = alone.issuer.token(claims(**ANA))
+    first = alone.issuer.token(claims(**HUMAN))
     assert alone.post(initialize(), first).status == 200
     alone.issuer.server.keys = key_set(signer("key-2"))
-    second = alone.issuer.token(claims(**ANA), signer("key-2"))
+    second = alone.issuer.token(claims(**HUMAN), signer("key-2"))
     wait_until(lambda: alone.post(initialize(), second).status == 200, "the new key is known")
+    metrics = get(f"{alone.front.admin}/metrics")[1].decode()
+    for result in ('authz_result="success"} 2.0', 'authz_result="failure"} 0.0'):
+        assert f'authz_keys_refreshes_total{{authz_issuer="{alone.issuer.url}",{result}' in metrics
+    assert f'authz_keys_age_seconds{{authz_issuer="{alone.issuer.url}"}}' in metrics
     _refused(alone.post(initialize(), first), "token_key_unknown")
 
 
 def test_known_keys_are_good_while_the_issuer_is_down(alone: Place) -> None:
-    assert alone.post(initialize(), alone.issuer.token(claims(**ANA))).status == 200
+    assert alone.post(initialize(), alone.issuer.token(claims(**HUMAN))).status == 200
     alone.issuer.stop()
-    assert alone.post(initialize(), alone.issuer.token(claims(**ANA, jti="t-2"))).status == 200
-    unknown = alone.issuer.token(claims(**ANA), signer("key-2"))
+    assert alone.post(initialize(), alone.issuer.token(claims(**HUMAN, jti="t-2"))).status == 200
+    unknown = alone.issuer.token(claims(**HUMAN), signer("key-2"))
     _refused(alone.post(initialize(), unknown), "token_key_unknown")
 
 
@@ -310,13 +329,13 @@ def test_no_token_is_left_anywhere(tmp_path: Path, opa_bin: Path) -> None:
     command = (opa_bin, *serving, *logging, *_policies(library))
     with Process(command) as opa, guarded(tmp_path, opa_bin, options=("--opa", url)) as place:
         message = call(1, "get_ticket", id=4711)
-        for who in WHO.values():
-            place.post(modern(message), place.issuer.token(who.claims), *mirrors(message))
+        for who, *_ in MATRIX.values():
+            place.post(modern(message), place.issuer.token(dict(who.claims)), *mirrors(message))
         for _, make in BAD.values():
             token = make(place.issuer)
             place.issuer.issued.append(token)
             assert place.post(request(1, "ping"), token).status == 401
-        place.sink.wait_for(len(WHO), where=lambda span: span.kind == "SERVER")
+        place.sink.wait_for(len(MATRIX), where=lambda span: span.kind == "SERVER")
         metrics = get(f"{place.front.admin}/metrics")[1].decode()
         place.front.process.stop()
         left = {
@@ -330,7 +349,7 @@ def test_no_token_is_left_anywhere(tmp_path: Path, opa_bin: Path) -> None:
     assert "token_signature" in left["log"]
     assert "token_signature" in left["metrics"]
     secrets = {part for token in place.issuer.issued for part in token.split(".")[1:] if part}
-    assert len(secrets) > len(WHO) + len(BAD)
+    assert len(secrets) > len(MATRIX) + len(BAD)
     for where, text in left.items():
         assert [secret for secret in secrets - {"opaque"} if secret in text] == [], where
         assert "ana@example.com" not in text, where

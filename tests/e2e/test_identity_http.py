@@ -6,8 +6,8 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from http.client import IncompleteRead
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from tests.support import puppet_server, scripted
-from tests.support.identity import METADATA, RESOURCE, Idp, guarded, idp
+from tests.support.identity import METADATA, RESOURCE, Idp, guarded, idp, policy
 from tests.support.issuing import account_claims, claims, own_claims
 from tests.support.processes import (
     ALLOW_ALL,
@@ -63,7 +63,7 @@ def chains(audit: Path, what: str = "key") -> list[list[str]]:
     """Who was behind each call that was decided about."""
     records = [json.loads(line) for line in audit.read_text("utf-8").splitlines()]
     wanted = ("decision", "tools/call")
-    found = [each for each in records if (each["type"], each["method"]) == wanted]
+    found = [each for each in records if (each["type"], each.get("method")) == wanted]
     return [[principal[what] for principal in each["chain"]] for each in found]
 
 
@@ -93,6 +93,38 @@ def test_a_scope_that_the_policy_names_is_asked_for(tmp_path: Path, opa_bin: Pat
         answer = place.post(modern(refund), place.issuer.token(enough), *mirrors(refund))
         assert "result" in answer.message
         assert done(place.log) == ["refund_ticket"]
+
+
+def test_a_legacy_session_hears_of_a_scope_without_being_given_up(
+    tmp_path: Path, opa_bin: Path
+) -> None:
+    """The denial is on the stream; the acknowledgement says what to ask for, and stays one."""
+    with ExitStack() as stack:
+        issuer = stack.enter_context(idp())
+        desk = stack.enter_context(ticket_desk(tmp_path / "log", transport="sse"))
+        file = tmp_path / "sidecar.yaml"
+        identity = {"jwt": [issuer.believed()], "resource": RESOURCE}
+        file.write_text(json.dumps({"identity": identity}), "utf-8")
+        options = ("--policy", policy(tmp_path, issuer.url, NEEDS_SCOPE), "--config", file)
+        front = stack.enter_context(http_sidecar(desk.url, *options, env=patient(opa_bin)))
+        ana = bearer(issuer.token(ANA))
+        wire = stack.enter_context(Wire(front.url))
+        wire.request(headers=(ana, ("Accept", "text/event-stream")), verb="GET")
+        stream = wire.begin("GET")
+        target = read_event(stream).decode().partition("data: ")[2].strip()
+        greeting = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        assert post(front.url, initialize(), [ana], target=target).status == 202
+        assert b"protocolVersion" in read_event(stream)
+        assert post(front.url, greeting, [ana], target=target).status == 202
+        refund = post(front.url, call(2, "refund_ticket", id=4711, amount=5), [ana], target=target)
+        assert refund.status == 202
+        assert refund.headers["www-authenticate"] == (
+            'Bearer error="insufficient_scope", scope="tickets:refund", '
+            f'resource_metadata="{METADATA}"'
+        )
+        assert b'"scope":"tickets:refund"' in read_event(stream)
+        assert post(front.url, call(3, "get_ticket", id=4711), [ana], target=target).status == 202
+        assert b"kettle" in read_event(stream)
 
 
 # ── What goes on to the server ────────────────────────────────────────────────────────────────────
@@ -265,13 +297,13 @@ def test_an_agent_brings_its_token_through_a_proxy(tmp_path: Path, opa_bin: Path
 # ── Expiry ends streams ───────────────────────────────────────────────────────────────────────────
 
 
-def _rest(wire: Wire, verb: str) -> None:
-    """Read to the end, which is no clean one."""
-    response = wire.begin(verb)
-    assert response.status == 200
-    with suppress(IncompleteRead):
-        while read_event(response):
-            pass
+LEEWAY = 1
+
+
+def _rest(stream: HTTPResponse) -> list[bytes]:
+    """What is left of a stream: read to its end, which has to be a clean one."""
+    assert stream.status == 200
+    return list(iter(lambda: read_event(stream), b""))
 
 
 @pytest.mark.parametrize("verb", ["GET", "POST"])
@@ -279,17 +311,20 @@ def test_a_stream_ends_with_its_token(tmp_path: Path, opa_bin: Path, verb: str) 
     with ExitStack() as stack:
         issuer = stack.enter_context(idp())
         server = stack.enter_context(scripted.scripted(_streaming))
-        front = stack.enter_context(fronted(tmp_path, opa_bin, server, issuer))
-        ends = time.time() + 3
-        token = bearer(issuer.token(ANA, exp=ends))
+        identity = {"jwt": [issuer.believed(leeway=LEEWAY)]}
+        front = stack.enter_context(fronted(tmp_path, opa_bin, server, identity=identity))
+        expires = time.time() + 2
+        token = bearer(issuer.token(ANA, exp=expires))
         session = post(front.url, initialize(), [token]).headers["mcp-session-id"]
         wire = stack.enter_context(Wire(front.url))
         if verb == "GET":
             wire.request(headers=(*JSON_HEADERS, token, ("Mcp-Session-Id", session)), verb="GET")
         else:
             wire.request(dump(modern(LISTEN)), (*JSON_HEADERS, token, *mirrors(LISTEN)))
-        _rest(wire, verb)
-        assert time.time() >= ends - 0.1
+        told = _rest(wire.begin(verb))
+        assert time.time() >= expires + LEEWAY - 0.1
+        said = b"".join(told[-1:])
+        assert (b"-31401" in said and b"credential_expired" in said) is (verb == "POST")
         name = "GET" if verb == "GET" else "subscriptions/listen"
         wait_until(lambda: server.closed == [name], "the server's stream is closed too")
 
@@ -332,7 +367,7 @@ def test_the_stream_of_such_a_session_ends_with_its_token(tmp_path: Path, opa_bi
     with ExitStack() as stack:
         issuer = stack.enter_context(idp())
         file = tmp_path / "sidecar.yaml"
-        file.write_text(json.dumps({"identity": {"jwt": [issuer.believed()]}}), "utf-8")
+        file.write_text(json.dumps({"identity": {"jwt": [issuer.believed(leeway=0)]}}), "utf-8")
         options = ("--policy", ALLOW_ALL, "--config", file)
         server = puppet_server.command(tmp_path / "log")
         front = stack.enter_context(bridge(server, *options, env=patient(opa_bin)))
@@ -341,7 +376,7 @@ def test_the_stream_of_such_a_session_ends_with_its_token(tmp_path: Path, opa_bi
         session = ("Mcp-Session-Id", opened.headers["mcp-session-id"])
         wire = stack.enter_context(Wire(front.url))
         wire.request(headers=(*JSON_HEADERS, short, session), verb="GET")
-        _rest(wire, "GET")
+        _rest(wire.begin("GET"))
         again = stack.enter_context(Wire(front.url))
         again.request(headers=(*JSON_HEADERS, long, session), verb="GET")
         assert again.begin("GET").status == 200  # the session is there, with another token
@@ -357,7 +392,7 @@ def test_a_legacy_session_is_its_openers_and_ends_with_the_token(
         issuer = stack.enter_context(idp())
         desk = stack.enter_context(ticket_desk(tmp_path / "log", transport="sse"))
         file = tmp_path / "sidecar.yaml"
-        file.write_text(json.dumps({"identity": {"jwt": [issuer.believed()]}}), "utf-8")
+        file.write_text(json.dumps({"identity": {"jwt": [issuer.believed(leeway=0)]}}), "utf-8")
         options = ("--policy", ALLOW_ALL, "--config", file)
         front = stack.enter_context(http_sidecar(desk.url, *options, env=patient(opa_bin)))
         ana = bearer(issuer.token(ANA, exp=time.time() + 3))
@@ -369,9 +404,7 @@ def test_a_legacy_session_is_its_openers_and_ends_with_the_token(
         for headers, status in (([ana], 202), ([other], 404), ([], 401)):
             assert post(front.url, initialize(), headers, target=target).status == status
         assert b"protocolVersion" in read_event(stream)
-        with suppress(IncompleteRead):
-            while read_event(stream):
-                pass
+        _rest(stream)
         assert (
             post(front.url, initialize(), [bearer(issuer.token(ANA))], target=target).status == 404
         )

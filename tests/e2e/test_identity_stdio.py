@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
+from tests.support import scripted
 from tests.support.identity import Idp, idp, policy
 from tests.support.issuing import claims, own_claims
-from tests.support.processes import descendants, desk, done, environment, patient, sidecar
+from tests.support.processes import (
+    ALLOW_ALL,
+    descendants,
+    desk,
+    done,
+    environment,
+    patient,
+    sidecar,
+    wait_until,
+)
 from tests.support.raw import Object, Pipe, call, initialize, request, stdio_sidecar
+from tests.support.scripted import Asked, Scripted
 
 ANA, REPORTING = claims(sub="ana"), own_claims("reporting")
 TICKET = call(0, "get_ticket", id=4711)
@@ -66,6 +80,49 @@ def test_a_token_file_is_read_when_it_changes(tmp_path: Path, opa_bin: Path, iss
         secret.unlink()
         assert refused(pipe.ask({**TICKET, "id": 6})) == "credentials_missing"
     assert done(tmp_path / "desk.log") == ["get_ticket", "get_ticket"]
+
+
+def tick(number: int) -> Object:
+    return {"method": "notifications/resources/updated", "params": {"uri": f"tick:{number}"}}
+
+
+def test_nobody_hears_the_server_while_no_token_is_good(
+    tmp_path: Path, opa_bin: Path, issuer: Idp
+) -> None:
+    """What it says by itself is kept back from when the token expires until it is renewed."""
+    secret, file, says = tmp_path / "token", tmp_path / "sidecar.yaml", list[Object]()
+    identity = {"jwt": [issuer.believed(leeway=0)], "token_file": str(secret)}
+    file.write_text(json.dumps({"identity": identity}), encoding="utf-8")
+
+    async def speaking(_: Scripted, asking: web.Request, asked: Asked) -> web.StreamResponse | None:
+        if asked.verb != "GET":
+            return None
+        response = await scripted.stream(asking)
+        while True:
+            while says:
+                await response.write(scripted.event(says.pop(0)).encode() + b"\n\n")
+            await asyncio.sleep(0.01)
+
+    with scripted.scripted(speaking) as server:
+        options = ("--policy", ALLOW_ALL, "--config", file, "--upstream", server.url)
+        with stdio_sidecar((), *options, env=patient(opa_bin)) as pipe:
+
+            def heard(**said: Any) -> Object:
+                return pipe.first(lambda each: each.items() >= said.items())
+
+            until = time.time() + 3
+            secret.write_text(issuer.token(ANA, exp=until), encoding="ascii")
+            pipe.greet()
+            says.append(tick(1))
+            heard(**tick(1))
+            wait_until(lambda: time.time() > until, "the token has expired")
+            says += [tick(2), {"id": "q", "method": "roots/list"}]
+            heard(id="q")  # which the policy has let through, although nobody is there
+            secret.write_text(issuer.token(ANA), encoding="ascii")
+            says.append(tick(3))
+            heard(**tick(3))
+            uris = [each["params"]["uri"] for each in pipe.messages() if "params" in each]
+            assert uris == ["tick:1", "tick:3"]
 
 
 def test_a_token_may_come_from_a_descriptor_that_no_child_gets(

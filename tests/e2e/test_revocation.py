@@ -264,11 +264,14 @@ def test_what_somebody_has_open_ends_with_the_revocation_and_nobody_else_notices
         for each in (*ana.calls.values(), ana.streams["listen stream"]):
             error = each.last()["error"]
             assert (error["code"], error["data"]["reasons"][0]["code"]) == (DENIED, "revoked")
+            perhaps = "it may have executed" in error["data"]["reasons"][0]["message"]
+            assert perhaps is (each in ana.calls.values())
         assert ana.streams["GET stream"].status == 200
         # The server is told: by closed connections, and in a session by a message.
         wait_until(lambda: len(theirs.closed) >= len(ana.open), "the server's side is closed")
         cancel = theirs.wait_for("notifications/cancelled").message
         assert cancel["params"]["requestId"] == 3
+        assert theirs.wait_for("DELETE").headers[SESSION[0].lower()] == SESSION[1]
         # Nothing is left, and nothing begins.
         assert post(one.url, call(9), [SESSION]).status == 404
         assert code(post(one.url, initialize()).message) == DENIED
@@ -282,6 +285,7 @@ def test_what_somebody_has_open_ends_with_the_revocation_and_nobody_else_notices
         wait_until(lambda: bea.loop.calls > calls + 10, "the others' calls go on")
         assert [name for name, each in bea.open.items() if each.ended] == []
         assert others.closed == []
+        assert others.seen("DELETE") == []
         assert "result" in post(other.url, call(9), [SESSION]).message
 
 
@@ -295,7 +299,11 @@ def recorded(audit: Path) -> set[tuple[str, str, bool]]:
     }
 
 
-def test_a_pipe_ends_with_its_call(opa_bin: Path, tmp_path: Path, env: dict[str, str]) -> None:
+@pytest.mark.parametrize("era", ["handshake", "stateless"])
+def test_a_pipe_ends_with_its_call(
+    opa_bin: Path, tmp_path: Path, env: dict[str, str], era: str
+) -> None:
+    said = modern if era == "stateless" else dict
     logs = {name: tmp_path / name for name in ("ana", "bea")}
     with co_located(opa_bin, tmp_path) as (decide, revoke), ExitStack() as stack:
         ana, bea = (
@@ -307,8 +315,9 @@ def test_a_pipe_ends_with_its_call(opa_bin: Path, tmp_path: Path, env: dict[str,
             for name, log in logs.items()
         )
         for each in (ana, bea):
-            each.greet()
-            each.send(call(7, "say", then="wait"))
+            if era == "handshake":
+                each.greet()
+            each.send(said(call(7, "say", then="wait")))
         for log in logs.values():
             wait_until(partial(puppet_server.heard, log, "tools/call"), "the call is there")
         began = time.monotonic()
@@ -322,7 +331,7 @@ def test_a_pipe_ends_with_its_call(opa_bin: Path, tmp_path: Path, env: dict[str,
         assert took < IN_FORCE
         (told,) = puppet_server.heard(logs["ana"], "notifications/cancelled")
         assert told["params"]["requestId"] == 7
-        assert "result" in bea.ask(call(8, "say"))
+        assert "result" in bea.ask(said(call(8, "say")))
         assert puppet_server.heard(logs["bea"], "notifications/cancelled") == []
 
 

@@ -61,6 +61,7 @@ def allowed(trace: TraceContext | None = None, **changes: Any) -> Call:
         decision_id="0190-1",
         trace=trace or TraceContext(),
         source_address="10.1.2.3",
+        server_address=("tickets", 9000),
         received=START,
         asked=START + 1 * MILLISECOND,
         answered=START + 3 * MILLISECOND,
@@ -115,6 +116,7 @@ def unknown(method: str, trace: TraceContext | None = None) -> Call:
     )
 
 
-def passed(trace: TraceContext | None = None) -> Call:
+def passed(trace: TraceContext | None = None, **changes: Any) -> Call:
     """A ping: the table lets it pass."""
-    return allowed(trace, operation=operation("ping", None), decision=None, asked=0, answered=0)
+    base = {"operation": operation("ping", None), "decision": None, "asked": 0, "answered": 0}
+    return allowed(trace, **{**base, **changes})

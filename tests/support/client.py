@@ -54,11 +54,16 @@ async def over_stdio(
 
 @asynccontextmanager
 async def over_http(
-    url: str, mode: str, *, headers: Mapping[str, str] | None = None, **more: Any
+    url: str,
+    mode: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    tls: Any = None,
+    **more: Any,
 ) -> AsyncIterator[Client]:
     """A client of an address of this machine, which no proxy is asked about."""
-    timeout = httpx2.Timeout(30, read=300)
-    async with httpx2.AsyncClient(trust_env=False, timeout=timeout, headers=headers) as http:
+    said: dict[str, Any] = {"timeout": httpx2.Timeout(30, read=300), "headers": headers}
+    async with httpx2.AsyncClient(trust_env=False, verify=tls or True, **said) as http:
         transport = streamable_http_client(url, http_client=http)
         async with _connected(transport, mode, **more) as client:
             yield client

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sidecar.conversation import Call, Conversation, Origin, Server, TraceContext
+from sidecar.conversation import Call, Conversation, Origin, Server, TraceContext, Tracer
 from sidecar.errors import AuditError, DecisionError, SidecarError
 from sidecar.pipeline import Pipeline
 from sidecar.policy import identity
@@ -110,7 +110,12 @@ class NullTracer:
     began_with: list[tuple[Mapping[str, object], Mapping[str, str]]] = field(default_factory=list)
     malformed_codes: list[str] = field(default_factory=list)
 
-    def begin(self, meta: Mapping[str, object], headers: Mapping[str, str]) -> TraceContext:
+    def begin(
+        self,
+        meta: Mapping[str, object],
+        headers: Mapping[str, str],
+        cause: TraceContext | None = None,
+    ) -> TraceContext:
         self.began_with.append((meta, headers))
         return TraceContext(TRACE_ID, dict(self.carrier), dict(self.carrier))
 
@@ -197,6 +202,7 @@ class Stage:
         tools: Sequence[Sequence[JsonObject]] = ((),),
         lasting: bool = True,
         actor: Actor = ANA,
+        tracer: Tracer | None = None,
         **options: Any,
     ) -> None:
         self.decider = ScriptedDecider(answer)
@@ -205,7 +211,7 @@ class Stage:
         self.server = MemoryServer(tools)
         self.pipeline = Pipeline(
             decider=self.decider,
-            tracer=self.tracer,
+            tracer=tracer or self.tracer,
             recorders=(self.recorder,),
             rules=rules or Rules(),
             version="0.0.0",

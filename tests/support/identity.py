@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,16 @@ class Place:
         return [json.loads(line) for line in self.audit.read_text("utf-8").splitlines()]
 
 
-def policy(folder: Path, issuer: str, rego: str = "") -> Path:
-    """The starter policy for principals of this issuer, and `rego` as one more file."""
+def policy(folder: Path, issuer: str, rego: str = "", *, source: Path = STARTER) -> Path:
+    """The policy of `source` for principals of this issuer, and `rego` as one more file."""
     copy = folder / "policy"
-    shutil.copytree(STARTER, copy)
+    shutil.copytree(source, copy)
     data = copy / "data.yaml"
-    text = data.read_text(encoding="utf-8")
-    assert text.count("default_issuer: static") == 1
-    text = text.replace("default_issuer: static", f'default_issuer: "{issuer}"')
-    data.write_text(text, encoding="utf-8")
+    if data.exists():
+        text = data.read_text(encoding="utf-8")
+        assert text.count("default_issuer: static") == 1
+        text = text.replace("default_issuer: static", f'default_issuer: "{issuer}"')
+        data.write_text(text, encoding="utf-8")
     if rego:
         (copy / "more.rego").write_text(rego, encoding="utf-8")
     return copy
@@ -98,16 +99,22 @@ def policy(folder: Path, issuer: str, rego: str = "") -> Path:
 
 @contextmanager
 def guarded(
-    folder: Path, opa: Path, *, rego: str = "", options: tuple[str, ...] = (), **identity: Any
+    folder: Path,
+    opa: Path,
+    *,
+    rego: str = "",
+    options: tuple[str, ...] = (),
+    more: Mapping[str, Any] | None = None,
+    **identity: Any,
 ) -> Iterator[Place]:
-    """A place of its own; `identity` is what the configuration says besides the issuer."""
+    """A place of its own; the configuration says `identity` besides the issuer, and `more`."""
     with ExitStack() as stack:
         issuer = stack.enter_context(idp())
         desk = stack.enter_context(ticket_desk(folder / "desk.log"))
         sink = stack.enter_context(Sink())
         said = {"jwt": [issuer.believed()], "resource": RESOURCE, **identity}
         file = folder / "sidecar.yaml"
-        file.write_text(json.dumps({"identity": said}), encoding="utf-8")
+        file.write_text(json.dumps({"identity": said, **(more or {})}), encoding="utf-8")
         deciding = options or ("--policy", str(policy(folder, issuer.url, rego)))
         leaving = ("--audit", str(folder / "audit.jsonl"), "--otlp", sink.url)
         env = {**patient(opa), "OTEL_BSP_SCHEDULE_DELAY": "200"}

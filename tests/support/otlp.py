@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -79,6 +79,8 @@ class Point:
     value: float
     count: int = 0
     bounds: tuple[float, ...] = ()
+    kind: str = ""
+    resource: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sink:
@@ -260,12 +262,18 @@ def read_spans(request: ExportTraceServiceRequest) -> list[Span]:
 def read_points(request: ExportMetricsServiceRequest) -> list[Point]:
     """The series of an export, decoded."""
     return [
-        point
+        replace(point, kind=_kind(metric), resource=_attributes(group.resource.attributes))
         for group in request.resource_metrics
         for scope in group.scope_metrics
         for metric in scope.metrics
         for point in _points(metric)
     ]
+
+
+def _kind(metric: Metric) -> str:
+    """`gauge`, `histogram`, `sum` or `monotonic sum`."""
+    kind = str(metric.WhichOneof("data"))
+    return f"monotonic {kind}" if kind == "sum" and metric.sum.is_monotonic else kind
 
 
 def tree(spans: Iterable[Span]) -> list[str]:

@@ -30,7 +30,7 @@ STARTER = ROOT / "policies" / "starter"
 ALLOW_ALL = ROOT / "policies" / "allow_all"
 DENY_ALL = ROOT / "policies" / "deny_all"
 START = 30.0
-LISTENING = r'listening on (http://[^\s"]+)'
+LISTENING = r'listening on (https?://[^\s"]+)'
 ADMIN = r'admin on (http://[^\s"]+)'
 
 Value = TypeVar("Value")

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -219,15 +220,19 @@ class Answer:
 
 
 class Wire:
-    """One connection to an address such as `http://127.0.0.1:PORT/mcp`."""
+    """One connection to an address such as `http://127.0.0.1:PORT/mcp`, in TLS if asked for."""
 
-    def __init__(self, url: str, timeout: float = PATIENCE) -> None:
+    def __init__(
+        self, url: str, timeout: float = PATIENCE, tls: ssl.SSLContext | None = None
+    ) -> None:
         parts = urlsplit(url)
         self.path = parts.path
         self.authority = parts.netloc
         assert parts.hostname is not None
         assert parts.port is not None
         self.socket = socket.create_connection((parts.hostname, parts.port), timeout)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_hostname=parts.hostname)
 
     def send(self, data: bytes) -> bool:
         """Whether somebody took all of it."""
@@ -294,9 +299,16 @@ class Wire:
         self.socket.close()
 
 
-def post(url: str, body: object, headers: Headers = (), **more: Any) -> Answer:
+def post(
+    url: str,
+    body: object,
+    headers: Headers = (),
+    *,
+    tls: Any = None,
+    **more: Any,
+) -> Answer:
     """POST a message, or bytes, on a connection of its own."""
-    with Wire(url) as wire:
+    with Wire(url, tls=tls) as wire:
         wire.request(dump(body), (*JSON_HEADERS, *headers), **more)
         return wire.answer()
 
@@ -316,7 +328,7 @@ def mirrors(message: Object) -> list[tuple[str, str]]:
 def read_event(response: HTTPResponse) -> bytes:
     """The next event of a stream, with the empty line that ends it; empty at the end."""
     event = b""
-    while not event.endswith(b"\n\n"):
+    while not event.endswith((b"\n\n", b"\r\n\r\n")):
         line = response.readline()
         if not line:
             return event

@@ -31,7 +31,7 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
     listen: 127.0.0.1:8080
     admin: 'off'
     policy: {dir: other, opa: 'unix:///run/mcp-opa/opa.sock', binary: /opt/opa, deadline: 0.25,
-      listing_deadline: 1, poll: 0.1, canary: 5}
+      listing_deadline: 1, poll: 0.1, canary: 5, decision_log: console}
     identity: {required: false, resource: 'https://tickets.example/mcp', scopes: ['tickets:read'],
       jwt: [{issuer: 'https://idp.example', audiences: [desk], algorithms: [ES256], leeway: 5,
           jwks: {url: 'https://idp.example/keys', ca: /ca.pem, bearer: /token, insecure: true,
@@ -39,11 +39,13 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
           groups: roles, claims: [team], purpose: intent, clients: [cid], agents: [bot],
           interactive: [web], actor_issuers: ['https://partner.example']}],
       kubernetes: {issuer: 'https://kubernetes.default.svc', audiences: [desk], pod_required: true,
-        jwks: {file: /keys.json}},
+        token_review: {url: 'https://10.0.0.1', ca: /ca.pem, token_file: /token, timeout: 1,
+          remember: 5, concurrent: 2, rate: 20}},
       types: [{type: agent, source: jwt, issuer: 'https://**', subject: 'bot-*', claim: kind,
           equals: bot}, {type: service, claim: tier, glob: 's*'}],
       proxy: {name: edge, peers: ['10.1.0.0/16', '::1'], id_header: x-user,
-        groups_header: x-groups},
+        groups_header: x-groups, certificate_header: x-cert},
+      spiffe: {trust_domains: [prod.example, dev_1]},
       token_file: /run/token, token_fd: 7, source: none, static_for_all: true,
       static: {type: agent, id: bot, groups: [bots],
       scopes: ['a:b'], claims: {team: [1]}, on_behalf_of: {type: human, id: ann}}}
@@ -57,11 +59,16 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
     http: {hosts: [tickets.example, '[::1]'], forward_authorization: false,
       unverified_headers: [x-tenant],
       origins: ['https://app.example:8443', 'vscode-webview://abc']}
+    assertion: {key: /run/key.pem, issuer: desk, audience: tickets, lifetime: 60}
     bridge: {path: /tickets, shared: true}
+    tls: {cert: /tls.pem, key: /tls.key, client_ca: /ca.pem, client: required}
     telemetry: {otlp: 'http://collector:4318', protocol: grpc, exporter: console, ratio: 0.1,
-      service_name: desk}
-    audit: {path: '-', sync: true}
-    pod: {name: tickets-7c9, namespace: support, service_account: tickets}
+      service_name: desk, arguments: true, results: true}
+    audit: {path: '-', sync: true, arguments: true, results: true}
+    masking: {shown: [arguments.id, result], secrets: [badgeno]}
+    control: /run/mcp-sidecar/control.sock
+    pod: {name: tickets-7c9, namespace: support, service_account: tickets,
+      labels_file: /etc/podinfo/labels}
     log: {format: json, level: debug}
 """)
 EXAMPLES: Mapping[str, Any] = {
@@ -72,7 +79,7 @@ EXAMPLES: Mapping[str, Any] = {
     )
 }
 # What a static actor excludes.
-VERIFIED = ("jwt", "kubernetes", "proxy", "required", "token_file", "token_fd")
+VERIFIED = ("jwt", "kubernetes", "proxy", "spiffe", "required", "token_file", "token_fd")
 # Values that are right for some key, and wrong for most.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 0.5, 64, 128.5, 10**12, "", " ", "x", "0", "off", "none", "all"),
@@ -191,6 +198,8 @@ def accepted(document: Mapping[str, Any]) -> bool:
     identity = document.get("identity")
     if identity is not None and not (isinstance(identity, dict) and {*VERIFIED} & {*identity}):
         flags["actor"] = "agent:x"
+    if isinstance(identity, dict) and {*identity} == {"required"}:
+        document = {"identity": {**identity, "proxy": EXAMPLES["identity.proxy"]}}
     try:
         load(document, mode="check", **flags)
     except ConfigError:

@@ -113,7 +113,12 @@ class NumberingTracer:
 
     begun: int = 0
 
-    def begin(self, meta: Mapping[str, object], headers: Mapping[str, str]) -> TraceContext:
+    def begin(
+        self,
+        meta: Mapping[str, object],
+        headers: Mapping[str, str],
+        cause: TraceContext | None = None,
+    ) -> TraceContext:
         self.begun += 1
         parent = f"00-{self.begun:032x}-{self.begun:016x}-01"
         carrier = {"traceparent": parent}

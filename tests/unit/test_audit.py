@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from sidecar.audit import MAX_LINE, Audit, line
+from sidecar.audit import MAX_LINE, MINUTE, MOST, Audit, line
 from sidecar.config import Audit as Settings
-from sidecar.conversation import Call, TraceContext
+from sidecar.conversation import Call, Stranger, TraceContext
 from sidecar.errors import AuditError, ConfigError
 from sidecar.policy.decision import Decision, Reason
 from sidecar.policy.identity import Principal, static
 from sidecar.protocol.session import Target
+from sidecar.recording import Content
 from tests.support import calls
 
 TRACE = TraceContext(trace_id="4bf92f3577b34da6a3ce929d0e0e4736")
@@ -146,6 +147,20 @@ def test_arguments_claims_and_session_ids_are_not_recorded(recorder: Audit, path
     assert not [each for each in ("TOP-SECRET", "CLAIM", "GROUP", "s3cret") if each in text]
 
 
+def test_content_is_recorded_masked_when_it_is_switched_on(path: Path) -> None:
+    content = Content(arguments=True, results=True)
+    recorder = Audit.open(Settings(str(path)), stream=2, content=content)
+    call = calls.allowed(result={"content": [{"type": "text", "text": "s3cret"}]})
+    recorder.decided(call)
+    recorder.finished(call)
+    recorder.close()
+    decision, outcome = records(path)
+    assert decision["arguments"] == {"id": "<string 10>"}
+    assert outcome["result"] == {"content": [{"type": "<string 4>", "text": "<string 6>"}]}
+    assert "arguments" not in outcome
+    assert "result" not in decision
+
+
 @pytest.mark.parametrize(
     ("params", "same"),
     [
@@ -232,6 +247,17 @@ def test_a_decision_that_can_not_be_written_stops_the_call(
     fail_to_write(monkeypatch)
     with pytest.raises(AuditError, match="No space left on device"):
         recorder.decided(calls.allowed())
+
+
+def test_records_that_could_not_be_written_are_counted(
+    recorder: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder.decided(calls.allowed())
+    fail_to_write(monkeypatch)
+    with pytest.raises(AuditError):
+        recorder.decided(calls.allowed())
+    recorder.finished(calls.allowed())
+    assert recorder.failures == 2
 
 
 def test_half_a_record_stops_the_call_and_does_not_spoil_the_next(
@@ -350,3 +376,48 @@ def test_a_line_is_one_line_of_plain_ascii(hostile: str) -> None:
     assert written.isascii()
     assert written.count(b"\n") == 1
     assert json.loads(written) == {"name": hostile}
+
+
+# ── Who was not let in ────────────────────────────────────────────────────────────────────────────
+
+EVE = Stranger("token_signature", "http", "10.1.2.3", "/mcp")
+
+
+def test_who_is_not_let_in_is_written_down(recorder: Audit, path: Path) -> None:
+    recorder.refused(EVE)
+    recorder.refused(Stranger("token_expired", "stdio"))
+    first, second = records(path)
+    assert first.pop("time") <= second.pop("time")
+    assert first == {
+        "type": "refused",
+        "reason": "token_signature",
+        "transport": "http",
+        "source_address": "10.1.2.3",
+        "path": "/mcp",
+    }
+    assert second == {"type": "refused", "reason": "token_expired", "transport": "stdio"}
+
+
+def test_a_flood_of_them_fills_no_disk_and_hides_no_other(
+    recorder: Audit, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("sidecar.audit.time.monotonic", lambda: now)
+    for _ in range(1000):
+        recorder.refused(EVE)
+    recorder.refused(replace(EVE, code="token_audience"))
+    assert [each["reason"] for each in records(path)] == ["token_signature"] * MOST + [
+        "token_audience"
+    ]
+    now += MINUTE
+    for _ in range(2):
+        recorder.refused(EVE)
+    assert [each.get("left_out") for each in records(path)[-2:]] == [1000 - MOST, None]
+
+
+def test_a_stranger_that_can_not_be_written_down_is_complained_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        Audit(full.fileno()).refused(EVE)
+    assert "could not be written" in caplog.text

@@ -24,7 +24,7 @@ from sidecar.conversation import (
 )
 from sidecar.policy.document import Facts, Task
 from sidecar.policy.identity import Principal, static
-from sidecar.protocol.catalog import Lookup, read_tool
+from sidecar.protocol.catalog import Entry, Lookup, read_tool
 from sidecar.protocol.jsonrpc import Message, Notification, Request
 from sidecar.protocol.methods import Direction, MethodTable
 from sidecar.protocol.session import Operation, Session
@@ -180,6 +180,27 @@ def test_a_tool_is_looked_up_and_nothing_else_is() -> None:
     assert facts(server, call_tool("t")).tool == Lookup(True, listed)
     assert facts(server, call_tool("u")).tool == Lookup(False)
     assert facts(server, Request(1, "prompts/get", {"name": "t"})) == Facts()
+
+
+def test_a_prompt_and_a_resource_are_known_or_not() -> None:
+    server = Server("tickets")
+    server.offers.shared.prompts.observe(None, [Entry("p")], None)
+    server.offers.shared.resources.observe(None, [Entry("a://1")], "2")
+    for name, known in (("p", True), ("q", False)):
+        assert facts(server, Request(1, "prompts/get", {"name": name})) == Facts(known=known)
+    for uri, found in (("a://1", True), ("a://2", None)):
+        assert facts(server, Request(1, "resources/read", {"uri": uri})) == Facts(known=found)
+
+
+def test_who_has_an_offer_of_their_own_is_judged_by_that() -> None:
+    server, operation = Server("tickets"), receive(call_tool("t"))
+    listed = read_tool(tool("t"))
+    server.offers.to("ana").tools.observe(None, [listed], None)
+    server.offers.to("bob").tools.observe(None, [], None)
+    for caller, lookup in (("ana", Lookup(True, listed)), ("bob", Lookup(False)), (None, None)):
+        talk = Conversation(Session(TABLE), server, "http", caller=caller)
+        found = server.facts(operation, operation.targets[0], talk.offer).tool
+        assert found == (lookup or Lookup(None))
 
 
 def test_what_a_call_acts_on_is_said_by_the_configuration_then_by_the_server() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sidecar import keys
 from sidecar.errors import KeysUnusable, Unauthenticated
-from sidecar.keys import Authenticator
+from sidecar.keys import Authenticator, Refreshes
 from sidecar.policy import jwks, tokens
 from sidecar.policy.issuers import Issuer, KeySource
 from sidecar.policy.jwks import PublicKey
@@ -530,3 +530,31 @@ async def _awaited(coroutine: Callable[[], Awaitable[None]]) -> None:
 
 async def test_half_a_surrogate_in_a_token_is_a_refusal_too() -> None:
     assert await Desk().code("\ud800.\udfff.") == "token_malformed"
+
+
+# ── What is told of it ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_refreshes_are_counted_and_the_age_of_the_keys_is_known() -> None:
+    desk = Desk()
+    keys = desk.gate.keys[IDP]
+    assert (keys.age, keys.refreshes) == (None, Refreshes())
+    await desk.gate.warm()
+    assert (keys.age, keys.refreshes) == (0, Refreshes(1, 0))
+    desk.web.break_down()
+    desk.clock.now += MAX_AGE + 1
+    await desk.take(lasting(OLD))
+    await desk.settled()
+    assert (keys.age, keys.refreshes) == (MAX_AGE + 1, Refreshes(1, 1, "down"))
+    desk.web.serve(OLD)
+    desk.clock.now += INTERVAL
+    await desk.take(lasting(OLD, sub="b"))
+    await desk.settled()
+    assert (keys.age, keys.refreshes) == (0, Refreshes(2, 1))
+
+
+async def test_keys_that_can_not_be_read_are_a_failure_too() -> None:
+    desk = Desk(**{KEYS_URL: b"no JSON"})
+    await desk.gate.warm()
+    told = desk.gate.keys[IDP].refreshes
+    assert (told.successes, told.failures, told.problem is None) == (0, 1, False)

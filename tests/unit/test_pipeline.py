@@ -98,7 +98,7 @@ async def test_the_call_knows_when_what_happened() -> None:
 
 
 async def test_the_question_says_who_asks_what_of_whom() -> None:
-    stage = Stage(tools=[[tool("t")]], pod={"name": "p1"}, deadline=0.25)
+    stage = Stage(tools=[[tool("t")]], pod=lambda: {"name": "p1"}, deadline=0.25)
     await stage.send(call_tool("t", id=4711))
     (question,) = stage.decider.questions
     assert question["actor"]["id"] == "ana"

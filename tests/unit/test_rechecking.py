@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -423,3 +425,72 @@ async def test_few_are_asked_about_at_a_time() -> None:
     held.set()
     await sweeping
     assert len(decider.questions) == len(opened.replies) == many
+
+
+# ── Expiry ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def expired(opened: Opened, ended: int, answered: int) -> None:
+    """Until so much has ended, which nobody asks the policy about."""
+    asked = len(opened.stage.decider.questions)
+    async with asyncio.timeout(10):
+        while (len(opened.ended), len(opened.replies)) != (ended, answered):
+            await asyncio.sleep(0.005)
+    assert len(opened.stage.decider.questions) == asked
+
+
+async def test_streams_end_when_the_evidence_of_their_opener_does_and_nothing_else() -> None:
+    opened = Opened(actor=replace(ANA, expires_at=time.time() + 0.2))
+    await opened.all()
+    await expired(opened, ended=1, answered=1)
+    assert opened.ended == ["stream"]
+    assert opened.answered == {"s"}
+    assert opened.codes == {(-31401, "credential_expired")}
+    assert len(opened.stage.pipeline.open) == 2
+    recorder = opened.stage.recorder
+    assert ("stream/open", "deny", ("credential_expired",)) in recorder.verdicts
+    assert {("stream/open", "denied"), ("subscriptions/listen", "denied")} <= set(recorder.ends)
+
+
+async def test_a_stream_that_is_over_does_not_expire() -> None:
+    opened = Opened(actor=replace(ANA, expires_at=time.time() + 0.1))
+    opened.stream()
+    opened.stack.close()
+    opened.stream()
+    await expired(opened, ended=1, answered=0)
+    assert opened.ended == ["stream"]
+    assert opened.stage.recorder.ends == [("stream/open", "denied")]
+
+
+async def test_what_is_opened_by_evidence_that_is_over_ends_at_once() -> None:
+    opened = Opened(actor=replace(ANA, expires_at=time.time() - 1))
+    opened.stream()
+    await expired(opened, ended=1, answered=0)
+
+
+# ── What was done is done ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("message", [call_tool("echo"), LISTEN])
+async def test_a_call_that_was_on_its_way_may_have_executed_and_a_subscription_does_nothing(
+    message: Request,
+) -> None:
+    opened = Opened()
+    await opened.begin(message)
+    await opened.change(REVOKED)
+    (reply,) = opened.replies
+    assert reply.error is not None
+    told = reply.error["data"]["reasons"][0]["message"]
+    assert ("it may have executed" in told) is (message is not LISTEN)
+
+
+@pytest.mark.parametrize(("answer", "ended"), [(DENIED, []), (REVOKED, ["session"])])
+async def test_a_pipe_without_a_handshake_ends_with_a_revocation_as_one_with(
+    answer: Answer, ended: list[str]
+) -> None:
+    opened = Opened()
+    for _ in range(2):
+        opened.stage.pipeline.open.hold_pipe(opened.stage.conversation, opened.stage.origin)
+    assert len(opened.stage.pipeline.open) == 1
+    await opened.change(answer)
+    assert opened.ended == ended

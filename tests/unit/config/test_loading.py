@@ -117,6 +117,7 @@ def test_service_links_of_kubernetes_are_not_ours() -> None:
         HOME=/h -> opa.tools=/h/.cache/mcp-opa-sidecar/bin opa.binary=None
         HOME=/h CACHE=/c OPA_BIN=/b/opa -> opa.tools=/c/bin opa.binary=/b/opa
         POD_NAME=n POD_NAMESPACE=s -> pod.name=n pod.namespace=s pod.service_account=None
+        POD__LABELS_FILE=/etc/podinfo/labels -> pod.labels_file=/etc/podinfo/labels
         file={pod:{name:f}} POD_NAME=n POD_SERVICE_ACCOUNT=a -> pod.name=f pod.service_account=a
         file={enforcement:{shadow:allowed}} --shadow= -> enforcement.shadow=allowed
         file={enforcement:{shadow:allowed}} --shadow=all -> enforcement.shadow=all
@@ -176,6 +177,18 @@ def test_the_standard_variables_of_opentelemetry(said: str, expected: str) -> No
     assert_set(said, " ".join(f"telemetry.{each}" for each in expected.split()))
 
 
+def test_the_header_that_is_signed_is_named_by_its_server() -> None:
+    assert with_policy("assertion: {key: /k}").assertion == config.Assertion(Path("/k"))
+    said = with_policy(at("assertion", EXAMPLES["assertion"]))
+    assert said.assertion == config.Assertion(Path("/run/key.pem"), "desk", "tickets", 60)
+
+
+def test_the_readme_shows_an_assertion_that_is_accepted() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
+    [shown] = re.findall(r"^```yaml\n(# assertion\.yaml.*?)^```$", readme, re.S | re.M)
+    assert with_policy(shown).assertion == config.Assertion(Path("/run/secrets/key.pem"))
+
+
 def test_a_static_actor_is_asserted_and_may_act_for_somebody() -> None:
     document = at("identity.static", EXAMPLES["identity.static"])
     actor = with_policy(document).identity.actor
@@ -230,6 +243,13 @@ def test_an_actor_by_flag_acts_for_itself_whatever_the_file_says() -> None:
         telemetry: {otlp: 'http://ann:s3cret@c'}
             -> telemetry.otlp: must be http(s)://HOST[:PORT][/PATH] without credentials, query and
             fragment, not "http://…@c"
+        assertion: {lifetime: 30} -> assertion: needs the key 'key'
+        assertion: {key: k, lifetime: 4}
+            -> assertion.lifetime: must be a whole number from 5 to 300, not 4
+        assertion: {key: k, issuer: 'a|b'}
+            -> assertion.issuer: must be a text without '|', not "a|b"
+        {assertion: {key: k, audience: a}, upstreams: [{url: 'http://a/x'}, {url: 'http://b/y'}]}
+            -> assertion.audience: of several upstreams, each is known by its own name
         policy: {opa: 'http://o'} -> policy.dir (--policy) and policy.opa (--opa) exclude each other
     """),
 )
@@ -297,6 +317,8 @@ def test_yaml_is_read_as_editors_read_it(
         file={upstreams:[{url:'http://a/x'},{url:'http://b'}]} --command=
             -> upstreams: stdio takes one
         --mode=http --upstream= -> no server: http needs --upstream URL, or -- COMMAND
+        file={assertion:{key:k}} --mode=http --listen=127.0.0.1 --command=c --upstream=
+            -> assertion: it is for --upstream; who else reaches a command?
         --mode=http --listen= -> no address: http needs --listen HOST:PORT
         --mode=http --listen=0.0.0.0 --actor=agent:x
             -> listen: 0.0.0.0:15801 makes everybody the static actor; listen on 127.0.0.1, or set
@@ -332,8 +354,6 @@ def test_every_problem_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("document", "flags", "words"),
     [
-        ("identity: {source: mtls}", {}, "identity.source: the source 'mtls'"),
-        ("identity: {mtls: {}}", {}, "identity.mtls: 'mtls'"),
         ("", {"mode": "http", "upstream": "unix-stdio:///s"}, "--upstream: unix-stdio://"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from sidecar.errors import Unauthenticated
 from sidecar.policy.actors import identify
 from sidecar.policy.identity import TokenFacts
+from sidecar.policy.tokens import check_times
 from tests.support.issuing import (
     CLUSTER,
     DROP,
@@ -307,3 +308,14 @@ def test_of_two_tokens_the_evidence_ends_with_the_first_to_expire() -> None:
     account = token(account_claims(exp=NOW + 60))
     actor = identify(account=account, token=token(claims()))
     assert actor.token == TokenFacts(NOW + 60, "t-1", NOW - 60)
+
+
+@pytest.mark.parametrize("leeway", [0.0, 30.0])
+def test_what_a_token_opens_lasts_until_it_is_refused(leeway: float) -> None:
+    verified = token(claims(exp=NOW + 60), issuer(leeway=leeway))
+    ends = identify(token=verified).expires_at
+    assert ends is not None
+    assert ends == NOW + 60 + leeway
+    check_times(verified, ends - 0.001)
+    with pytest.raises(Unauthenticated, match="expired"):
+        check_times(verified, ends)

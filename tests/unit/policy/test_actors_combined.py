@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.errors import Unauthenticated
-from sidecar.policy.actors import Asserted, TypeRule, Workload, identify, spiffe
+from sidecar.policy.actors import Asserted, TypeRule, identify
 from sidecar.policy.identity import MAX_CHAIN, PRINCIPAL_TYPES, UNKNOWN, Actor
+from sidecar.policy.spiffe import Workload, workload
 from tests.support.issuing import (
     CLUSTER,
     DOMAIN,
     DROP,
     IDP,
+    NOW,
     PARTNER,
     account_claims,
     claims,
@@ -31,23 +33,18 @@ from tests.support.issuing import (
 
 ANA = "human u-1042"
 BOT_SPIFFE = f"{DOMAIN}/ns/support/sa/bot"
-BOT = spiffe(BOT_SPIFFE)
-CERTIFICATE = Workload("CN=gateway,O=Example", "mesh-ca")
+BOT = workload(BOT_SPIFFE)
+GATEWAY = workload(f"{DOMAIN}/gateway")
+TOLD = workload(BOT_SPIFFE, asserted=True)
 
 # ── Evidence together ─────────────────────────────────────────────────────────────────────────────
 
 SERVICE, PERSON = Asserted("billing", "edge"), Asserted("ana", "edge", ("support",))
-SPIFFE = f"unknown {BOT_SPIFFE}"
+SPIFFE = f"service {BOT_SPIFFE}"
 
 TOGETHER: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
     "nothing": ({}, ["unknown none|anonymous"], 0, ()),
     "workload": ({"workload": BOT}, [SPIFFE], 3, ("mtls",)),
-    "certificate": (
-        {"workload": CERTIFICATE},
-        ["unknown mesh-ca|CN=gateway,O=Example"],
-        3,
-        ("mtls",),
-    ),
     "workload-with-a-token": (
         {"workload": BOT, "token": claims()},
         [SPIFFE, ANA],
@@ -55,14 +52,14 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         ("mtls", "jwt"),
     ),
     "workload-with-an-agents-token": (
-        {"workload": CERTIFICATE, "token": claims(client_id="support-bot")},
-        ["unknown mesh-ca|CN=gateway,O=Example", "agent support-bot", "unknown u-1042"],
+        {"workload": GATEWAY, "token": claims(client_id="support-bot")},
+        [f"service {DOMAIN}/gateway", "agent support-bot", "unknown u-1042"],
         3,
         ("mtls", "jwt"),
     ),
     "workload-with-a-chain": (
-        {"workload": CERTIFICATE, "token": claims(act=nested("a", "support-bot"))},
-        ["unknown mesh-ca|CN=gateway,O=Example", "unknown a", "agent support-bot", ANA],
+        {"workload": GATEWAY, "token": claims(act=nested("a", "support-bot"))},
+        [f"service {DOMAIN}/gateway", "unknown a", "agent support-bot", ANA],
         3,
         ("mtls", "jwt"),
     ),
@@ -80,7 +77,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
     ),
     "workload-that-is-an-inner-actor": (
         {"workload": BOT, "token": claims(act=nested("support-bot", BOT_SPIFFE))},
-        [SPIFFE, "agent support-bot", SPIFFE, ANA],
+        [SPIFFE, "agent support-bot", f"unknown {BOT_SPIFFE}", ANA],
         3,
         ("mtls", "jwt"),
     ),
@@ -96,11 +93,27 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         3,
         ("mtls", "jwt"),
     ),
-    "certificate-named-as-the-tokens-actor": (
-        {"workload": Workload("gateway", "mesh-ca"), "token": claims(act={"sub": "gateway"})},
-        ["unknown mesh-ca|gateway", "unknown gateway", ANA],
+    "workload-that-a-token-calls-an-agent": (
+        {
+            "workload": BOT,
+            "token": token(claims(act={"sub": BOT_SPIFFE}), issuer(agents=(BOT_SPIFFE,))),
+        },
+        [f"agent {BOT_SPIFFE}", ANA],
         3,
         ("mtls", "jwt"),
+    ),
+    "workload-behind-a-proxy": ({"workload": TOLD}, [SPIFFE], 1, ("proxy",)),
+    "workload-behind-a-proxy-with-a-token": (
+        {"workload": TOLD, "token": claims()},
+        [SPIFFE, ANA],
+        1,
+        ("proxy", "jwt"),
+    ),
+    "workload-and-person-behind-a-proxy": (
+        {"workload": TOLD, "asserted": PERSON},
+        [SPIFFE, "unknown edge|ana"],
+        1,
+        ("proxy",),
     ),
     "account-with-a-token": (
         {"account": account_claims(), "token": claims()},
@@ -116,8 +129,8 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
     ),
     "proxy": ({"asserted": PERSON}, ["unknown edge|ana"], 1, ("proxy",)),
     "proxy-behind-a-workload": (
-        {"workload": CERTIFICATE, "asserted": PERSON},
-        ["unknown mesh-ca|CN=gateway,O=Example", "unknown edge|ana"],
+        {"workload": GATEWAY, "asserted": PERSON},
+        [f"service {DOMAIN}/gateway", "unknown edge|ana"],
         1,
         ("mtls", "proxy"),
     ),
@@ -185,7 +198,7 @@ def test_a_workload_at_its_tokens_own_issuer_keeps_what_the_token_says() -> None
 
 
 def test_what_the_proxy_says_of_groups_stays_with_whom_it_says_it_of() -> None:
-    actor = combined({"workload": CERTIFICATE, "asserted": PERSON})
+    actor = combined({"workload": GATEWAY, "asserted": PERSON})
     assert [each.groups for each in actor.chain] == [(), ("support",)]
 
 
@@ -197,40 +210,24 @@ def test_a_workload_counts_in_the_chain() -> None:
     assert caught.value.code == "chain_too_long"
 
 
+LEEWAY = issuer().leeway
+
+
 @pytest.mark.parametrize(
-    "uri",
+    ("ends", "told", "expires_at"),
     [
-        pytest.param("", id="empty"),
-        pytest.param("https://prod.example.com/bot", id="https"),
-        pytest.param("SPIFFE://prod.example.com/bot", id="capitals"),
-        pytest.param("spiffe://prod.example.com", id="no-path"),
-        pytest.param("spiffe://prod.example.com/", id="empty-path"),
-        pytest.param("spiffe:///bot", id="no-domain"),
-        pytest.param("spiffe://Prod.example.com/bot", id="domain-in-capitals"),
-        pytest.param("spiffe://prod.example.com:443/bot", id="port"),
-        pytest.param("spiffe://user@prod.example.com/bot", id="user"),
-        pytest.param("spiffe://prod.example.com/bot?x=1", id="query"),
-        pytest.param("spiffe://prod.example.com/bot#x", id="fragment"),
-        pytest.param("spiffe://prod.example.com/a/../bot", id="dots"),
-        pytest.param("spiffe://prod.example.com/a//bot", id="empty-segment"),
-        pytest.param("spiffe://prod.example.com/bot/", id="trailing-slash"),
-        pytest.param("spiffe://prod.example.com/b%6ft", id="escape"),
-        pytest.param("spiffe://prod.example.com/bot\n", id="newline"),
-        pytest.param("spiffe://prod.example.com|x/bot", id="bar"),
-        pytest.param("spiffe://prod.example.com/" + "b" * 2048, id="huge"),
+        (None, None, None),
+        (NOW + 60, None, NOW + 60),
+        (None, claims(), NOW + 3600 + LEEWAY),
+        (NOW + 60, claims(), NOW + 60),
+        (NOW + 7200, claims(), NOW + 3600 + LEEWAY),
     ],
 )
-def test_what_is_no_spiffe_id_is_refused(uri: str) -> None:
-    with pytest.raises(Unauthenticated) as caught:
-        spiffe(uri)
-    assert caught.value.code == "workload_malformed"
-
-
-@pytest.mark.parametrize("name", ["", "CN=a\nb", "x" * 3000])
-def test_a_certificates_name_that_can_name_nobody_is_refused(name: str) -> None:
-    with pytest.raises(Unauthenticated) as caught:
-        identify(workload=Workload(name, "mesh-ca"))
-    assert caught.value.code == "workload_malformed"
+def test_evidence_lasts_as_long_as_each_of_its_pieces(
+    ends: float | None, told: dict[str, Any] | None, expires_at: float | None
+) -> None:
+    said = {"workload": workload(BOT_SPIFFE, expires_at=ends)}
+    assert combined({**said, **({"token": told} if told else {})}).expires_at == expires_at
 
 
 # ── Types by rule ─────────────────────────────────────────────────────────────────────────────────
@@ -368,14 +365,24 @@ TYPED: dict[str, tuple[list[TypeRule], dict[str, Any], list[str]]] = {
         [f"agent {BOT_SPIFFE}"],
     ),
     "trust-domain": (
-        [TypeRule("service", issuer="spiffe://prod.example.com")],
+        [TypeRule("human", issuer="spiffe://prod.example.com")],
         {"workload": BOT},
-        [f"service {BOT_SPIFFE}"],
+        [f"human {BOT_SPIFFE}"],
     ),
     "source": (
-        [TypeRule("service", source="mtls")],
+        [TypeRule("agent", source="mtls")],
         {"workload": BOT, "token": claims()},
-        [f"service {BOT_SPIFFE}", ANA],
+        [f"agent {BOT_SPIFFE}", ANA],
+    ),
+    "proxied-workloads": (
+        [TypeRule("human", source="mtls"), TypeRule("agent", source="proxy")],
+        {"workload": TOLD},
+        [f"agent {BOT_SPIFFE}"],
+    ),
+    "a-workload-that-is-nothing": (
+        [TypeRule("unknown", subject=BOT_SPIFFE)],
+        {"workload": BOT},
+        [f"unknown {BOT_SPIFFE}"],
     ),
     "proxied-people": (
         [TypeRule("human", source="proxy", issuer="edge")],
@@ -446,7 +453,7 @@ RULES = st.lists(
 )
 
 
-@given(CLAIMS, RULES, st.sampled_from([None, BOT, CERTIFICATE]), st.sampled_from([None, PERSON]))
+@given(CLAIMS, RULES, st.sampled_from([None, BOT, GATEWAY]), st.sampled_from([None, PERSON]))
 def test_evidence_is_one_actor_with_a_bounded_chain_or_refused(
     said: dict[str, Any],
     rules: list[TypeRule],

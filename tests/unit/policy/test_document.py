@@ -581,6 +581,7 @@ def test_what_no_rule_needs_is_in_no_question(place: dict[str, Any]) -> None:
 
 def test_a_session_is_shown_by_its_digest() -> None:
     assert document.session_digest(None) is None
+    assert document.session_digest("\udcff")  # a header is bytes, which need not be text
     shown = document.session_digest("a")
     assert shown is not None
     assert shown.startswith("sha256:")

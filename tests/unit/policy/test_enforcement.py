@@ -144,9 +144,9 @@ def test_what_is_taken_back_is_what_was_sent() -> None:
             make(taken_back(permitted, ""))
 
 
-def test_the_sidecar_itself_asks_for_listings_of_tools_only() -> None:
+def test_the_sidecar_itself_asks_for_listings_only() -> None:
     for message in (call_tool("t"), Notification("notifications/cancelled"), Request(1, "ping")):
-        with pytest.raises(ValueError, match="tools/list"):
+        with pytest.raises(ValueError, match="listings"):
             for_catalog(message)
 
 

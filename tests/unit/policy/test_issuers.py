@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.policy.issuers import Issuer, KeySource, fetchable, same_origin
+from sidecar.policy.issuers import Issuer, KeySource, Review, fetchable, same_origin
 from sidecar.policy.jwks import ALGORITHMS
 from tests.support.issuing import issuer
 
@@ -91,3 +91,28 @@ def test_what_may_be_fetched(url: str, plain: bool, insecure: bool) -> None:
 )
 def test_the_same_server(one: str, other: str, same: bool) -> None:
     assert same_origin(one, other) is same
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        pytest.param({"url": "http://10.0.0.1"}, "https", id="plain-http"),
+        pytest.param({"url": "https://u:p@10.0.0.1"}, "https", id="credentials"),
+        pytest.param({"remember": 3600}, "remember", id="an-hour"),
+        pytest.param({"remember": -1}, "remember", id="negative"),
+        pytest.param({"timeout": 0}, "timeout", id="no-time"),
+        pytest.param({"concurrent": 0}, "concurrent", id="no-room"),
+        pytest.param({"rate": 0}, "rate", id="no-rate"),
+    ],
+)
+def test_a_review_that_can_not_be_had_safely_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Review(**changes)
+
+
+def test_only_a_cluster_without_keys_is_asked() -> None:
+    assert Issuer("in no URL", ("me",), kind="kubernetes", review=Review()).review == Review()
+    with pytest.raises(ValueError, match="not both"):
+        Issuer("k", ("me",), review=Review())
+    with pytest.raises(ValueError, match="not both"):
+        Issuer("k", ("me",), KeySource(file="/keys"), kind="kubernetes", review=Review())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sidecar.protocol.catalog import (
     MAX_CHAINS,
+    MAX_ITEMS,
     Catalog,
     Tool,
     digest,
@@ -202,6 +203,29 @@ def test_listings_that_nobody_ends_do_not_fill_the_memory() -> None:
     assert not catalog.complete
     catalog.observe("1", tools("b"), None)
     assert catalog.complete
+
+
+def test_more_than_can_be_kept_stays_unknown_and_is_not_waited_for() -> None:
+    catalog, half = Catalog(), MAX_ITEMS // 2 + 1
+    first, second = ([Tool(f"{letter}{n}", {}, "d") for n in range(half)] for letter in "ab")
+    catalog.observe(None, first, "1")
+    assert (catalog.complete, catalog.futile) == (False, False)
+    catalog.observe("1", second, None)
+    assert (catalog.complete, catalog.futile, catalog.known()) == (False, True, MAX_ITEMS)
+    names = ("a0", "b0", f"b{half - 1}", "c")
+    assert [catalog.look_up(name).known for name in names] == [True, True, None, None]
+    catalog.observe(None, [Tool("b0", {}, "e")], "2")
+    found = catalog.look_up("b0").tool
+    assert found is not None
+    assert found.digest == "e"
+    catalog.observe(None, tools("ab"), None)
+    assert (catalog.complete, catalog.futile, catalog.known()) == (True, False, 2)
+
+
+def test_one_that_is_asked_for_in_vain_is_not_for_ever() -> None:
+    catalog = Catalog(futile=True)
+    catalog.forget()
+    assert not catalog.futile
 
 
 NAMES = st.text("abcdef", max_size=4)

@@ -327,6 +327,22 @@ def test_the_server_chooses_the_revision() -> None:
     assert session.receive(Request(1, "ping"), SERVER).era is Era.LEGACY
 
 
+@pytest.mark.parametrize(
+    ("result", "capabilities"),
+    [
+        ({"capabilities": {"tools": {}}}, {"tools": {}}),
+        ({"capabilities": {}}, {}),
+        ({"capabilities": ["tools"]}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_what_the_server_can_do_is_what_it_said_last(result: Any, capabilities: Any) -> None:
+    session = Session(TABLE, capabilities={"prompts": {}})
+    session.negotiated(Response(0, result))
+    assert session.capabilities == capabilities
+
+
 @pytest.mark.parametrize("result", [None, [], {}, {"protocolVersion": 1}], ids=repr)
 def test_an_answer_without_revision_changes_none(result: Any) -> None:
     session = Session(TABLE, protocol_version="2025-03-26")

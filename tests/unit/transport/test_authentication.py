@@ -151,7 +151,7 @@ async def test_rules_say_what_a_proxy_names() -> None:
     actor = await authentication.actor(asked(X_User="ana", X_Groups="a, b,,c d"))
     assert (shown(actor), actor.assurance) == (["human edge|ana"], 1)
     assert actor.principal.groups == ("a", "b", "c d")
-    assert authentication.asserting == {"x-user", "x-groups"}
+    assert authentication.asserting == {"x-user", "x-groups", "x-forwarded-client-cert"}
 
 
 @pytest.mark.parametrize(

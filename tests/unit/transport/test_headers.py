@@ -218,3 +218,12 @@ def test_the_policy_is_shown_listed_headers_as_far_as_they_are_text() -> None:
     )
     assert rules.shown_to_policy(sent, names) == {"x-tenant": "blue", "x-twice": "a, b"}
     assert rules.shown_to_policy(sent, ()) == {}
+
+
+@pytest.mark.parametrize("name", ["MCP-Sidecar-Assertion", "mcp_sidecar-assertion"])
+def test_nobody_but_the_sidecar_sends_an_assertion(name: str) -> None:
+    forged = made((name, "x"), (name.upper(), "y"), ("X-Kept", "z"))
+    for modern in (True, False):
+        onward = rules.to_upstream(forged, modern=modern, authorization=True, trace={})
+        assert set(onward) == {"X-Kept", "Accept-Encoding"}
+    assert set(rules.to_client(forged)) == {"X-Kept"}
