@@ -13,7 +13,7 @@
 
 `pipeline` is the one coroutine that knows this order, `conversation` what lasts from one message to
 the next. A server's messages take the same road back. When the policy changes, `rechecking` asks
-again about whatever is open.
+again about whatever is open, and `relisting` about what clients were shown.
 
 Two rules hold everywhere. Only a `Permitted` is ever sent to a server, and only
 `policy.enforcement` makes one. And what is not a clean "allow" (no answer, a late one, one that is
@@ -21,9 +21,9 @@ not understood) is a deny.
 
 Layers, top to bottom, each knowing only those below (import-linter checks it)::
 
-    cli  >  transport | opa | keys | telemetry | audit | logs  >  pipeline | config
-         >  rechecking  >  learning | judging | limits | recording
-         >  conversation  >  policy  >  protocol  >  errors
+    cli  >  feed  >  transport | opa | keys | telemetry | audit | logs  >  pipeline | config
+         >  rechecking | relisting  >  learning | judging | limits | recording
+         >  conversation  >  offers  >  policy  >  protocol  >  errors
 """
 
 __version__ = "0.1.0"

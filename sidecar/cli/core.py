@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from sidecar import __version__
+from sidecar.cli.podinfo import pod
+from sidecar.cli.records import content_of, recorders
 from sidecar.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sidecar.opa import DecisionClient, OpaTracing, OwnOpa, Readiness
     from sidecar.pipeline import Pipeline
     from sidecar.protocol.jsonrpc import Strictness
-    from sidecar.telemetry import Telemetry
+    from sidecar.telemetry import Series, Telemetry
 
 log = logging.getLogger("sidecar")
 
@@ -39,7 +40,6 @@ class Core:
 async def started(settings: Settings) -> AsyncIterator[Core]:
     """OPA, telemetry, audit and pipeline: started in order, ended in reverse."""
     from sidecar import opa, telemetry
-    from sidecar.conversation import Recorder
     from sidecar.limits import Load
     from sidecar.pipeline import Pipeline
     from sidecar.policy.enforcement import Rules
@@ -50,38 +50,50 @@ async def started(settings: Settings) -> AsyncIterator[Core]:
             version=__version__,
             metrics=settings.admin is not None,
             opa="tcp" if (settings.opa.url or "").startswith("http") else "unix",
+            content=content_of(settings.telemetry, settings),
             environ=os.environ,
         )
         stack.callback(traces.shutdown)
         own = await own_opa(settings, stack)
+        stack.callback(traces.close)  # OPA ends while the last spans are sent
         decider = opa.DecisionClient(own.url if own else str(settings.opa.url))
         stack.push_async_callback(decider.close)
-        recorders: tuple[Recorder, ...] = (traces,)
-        if settings.audit.path is not None:
-            from sidecar.audit import Audit
-
-            audit = Audit.open(settings.audit, stream=2 if settings.mode == "stdio" else 1)
-            stack.callback(audit.close)
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, audit.reopen)
-            recorders = (audit, traces)
         how, limits = settings.enforcement, settings.limits
         pipeline = Pipeline(
             decider=decider,
             tracer=traces,
-            recorders=recorders,
+            recorders=await recorders(settings, traces, stack),
             rules=Rules(how.shadow, how.disclose, how.denial),
             version=__version__,
             deadline=settings.opa.deadline,
             listing_deadline=settings.opa.listing_deadline,
             catalog_wait=limits.catalog,
             load=Load(limits.calls_in_flight, limits.calls_per_actor, limits.streams),
-            pod=_pod(settings),
+            pod=pod(settings.pod),
         )
-        traces.observe("authz.calls.active", lambda: pipeline.in_flight)
         readiness = _watched(settings, decider, own, pipeline, stack)
+        _observe(traces, pipeline, readiness)
         if settings.admin is not None:
             await _admin(settings.admin, readiness, traces, stack)
         yield Core(pipeline, readiness, traces, stopping())
+
+
+def _observe(traces: Telemetry, pipeline: Pipeline, readiness: Readiness) -> None:
+    """Have the metrics tell what goes on, and how the policy does."""
+
+    def revision() -> Series:
+        known = readiness.revision
+        return [] if known is None else [({"authz.policy_revision": known}, 1)]
+
+    def age() -> Series:
+        return [] if readiness.revision is None else [({}, readiness.age)]
+
+    traces.observe("authz.calls.active", lambda: pipeline.in_flight)
+    traces.observe("authz.streams.active", lambda: pipeline.load.streams)
+    traces.observe("authz.ready", lambda: readiness.ready)
+    traces.observe("authz.opa.up", lambda: readiness.error is None)
+    traces.observe("authz.policy.info", revision)
+    traces.observe("authz.policy.age", age)
 
 
 def _watched(
@@ -104,10 +116,10 @@ def _watched(
         ),
         settings.opa,
         own=own,
-        on_change=lambda _revision, _watermark: pipeline.open.change(),
+        on_change=lambda _revision, _watermark: pipeline.policy_changed(),
     )
-    asking_again = Background(pipeline.open.step, "rechecking")
-    stack.push_async_callback(asking_again.stop)
+    for step, name in ((pipeline.open.step, "rechecking"), (pipeline.lists.step, "relisting")):
+        stack.push_async_callback(Background(step, name).stop)
     readiness.start()
     stack.push_async_callback(readiness.stop)
     return readiness
@@ -129,26 +141,37 @@ def _opa_tracing(settings: Settings) -> OpaTracing | None:
     """The own OPA sends its spans to the same collector as the sidecar."""
     from sidecar.opa import OpaTracing
 
-    url = settings.telemetry.otlp or os.environ.get(
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
-    )
+    url = settings.telemetry.otlp or _of_traces("ENDPOINT")
     if settings.telemetry.exporter != "otlp" or url is None:
         return None
-    grpc = settings.telemetry.protocol == "grpc"
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    port = parts.port or (4317 if grpc else 4318)
-    return OpaTracing(
-        f"{parts.hostname}:{port}", "grpc" if grpc else "http", tls=parts.scheme == "https"
+    return OpaTracing.to(
+        url,
+        "grpc" if settings.telemetry.protocol == "grpc" else "http",
+        authorities=_of_traces("CERTIFICATE"),
+        certificate=_of_traces("CLIENT_CERTIFICATE"),
+        key=_of_traces("CLIENT_KEY"),
     )
+
+
+def _of_traces(name: str) -> str | None:
+    """An OTLP variable as the SDK reads it: that of traces, else that of every signal."""
+    own, common = (os.environ.get(f"OTEL_EXPORTER_OTLP_{of}{name}") for of in ("TRACES_", ""))
+    return own or common
 
 
 async def _admin(
     listen: Listen, readiness: Readiness, traces: Telemetry, stack: AsyncExitStack
 ) -> None:
     from sidecar.transport.admin import serve_admin
+    from sidecar.transport.app_health import read_probes
 
     try:
-        runner, (host, port) = await serve_admin(listen, readiness.status, traces.render_metrics)
+        runner, (host, port) = await serve_admin(
+            listen,
+            readiness.status,
+            traces.render_metrics,
+            read_probes(os.environ.get("POD_APP_PROBES")),
+        )
     except OSError as error:
         raise ConfigError(f"admin: can not listen on {listen}: {error}") from error
     stack.push_async_callback(runner.cleanup)
@@ -175,13 +198,3 @@ def strictness(settings: Settings) -> Strictness:
 def server_names(settings: Settings) -> list[str]:
     """What the input document calls the servers."""
     return [each.name for each in settings.upstreams] or [settings.server_name]
-
-
-def _pod(settings: Settings) -> dict[str, str]:
-    pod = settings.pod
-    fields = {
-        "name": pod.name,
-        "namespace": pod.namespace,
-        "service_account": pod.service_account,
-    }
-    return {key: value for key, value in fields.items() if value is not None}

@@ -73,11 +73,12 @@ def fingerprint(folder: Path) -> Fingerprint:
         return (str(error),)
 
 
-def assemble(library: Path, folder: Path, store: Path) -> str:
+def assemble(library: Path, folder: Path, store: Path, system: Path | None = None) -> str:
     """Copy library and policy to `store/REVISION`, stamp it, and return the revision.
 
-    A folder that defines package `mcp.authz` itself replaces the library. Nothing in a policy
-    folder that counts is hidden, so `.library` and `.revision.json` are free.
+    A folder that defines package `mcp.authz` itself replaces the library. `system` holds what OPA
+    asks about its own decision log. Nothing in a policy folder that counts is hidden, so
+    `.library`, `.system` and `.revision.json` are free.
 
     Raises:
         PolicyUnusable: the folder holds no policy.
@@ -89,6 +90,8 @@ def assemble(library: Path, folder: Path, store: Path) -> str:
     if not any(_replaces_library(path) for path in sources.values()):
         rules = ((name, path) for name, path, _ in policy_files(library) if path.suffix == ".rego")
         sources |= {f".library/{name}": path for name, path in rules}
+    if system is not None:
+        sources |= {f".system/{name}": path for name, path, _ in policy_files(system)}
     new, digest = Path(tempfile.mkdtemp(prefix="new.", dir=store)), hashlib.sha256()
     for name in sorted(sources):
         target = new / name

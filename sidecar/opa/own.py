@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -17,8 +18,10 @@ from asyncio.subprocess import Process
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from sidecar.config import Opa
 from sidecar.errors import DecisionError, PolicyUnusable
@@ -57,16 +60,39 @@ _SERVE = (
     "--log-level=error",
     "--log-format=json",
     "--shutdown-grace-period=1",
+    "--config-file=opa.json",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class OpaTracing:
-    """The collector that OPA sends its own spans to: `HOST:PORT`, OTLP over HTTP or gRPC."""
+    """The collector that OPA sends its own spans to: `HOST:PORT`, OTLP over HTTP or gRPC.
+
+    With TLS there may be files: of the authorities to trust, of a certificate to show and its key.
+    """
 
     address: str
     protocol: Literal["http", "grpc"] = "http"
     tls: bool = False
+    authorities: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    @classmethod
+    def to(
+        cls,
+        url: str,
+        protocol: Literal["http", "grpc"],
+        authorities: str | None = None,
+        certificate: str | None = None,
+        key: str | None = None,
+    ) -> OpaTracing:
+        """Where the sidecar's own exporter sends to by this URL; over HTTP OPA adds the path."""
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        tls, host = parts.scheme == "https", parts.hostname or ""
+        port = parts.port or (443 if tls or protocol == "grpc" else 80)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return cls(address, protocol, tls, authorities, certificate, key)
 
 
 class OwnOpa:
@@ -93,7 +119,8 @@ class OwnOpa:
         self._loaded: set[str] = set()  # modules that the running OPA may know
         self._since = 0.0
         self._backoff = SHORTEST_BACKOFF
-        self._last_words = LastWords()
+        self._logs = settings.decision_log == "console"
+        self._last_words = LastWords(partial(os.write, 2)) if self._logs else LastWords()
         self.on_served: Callable[[], None] = lambda: None
         self.expected: str | None = None
         self.served: str | None = None
@@ -156,8 +183,8 @@ class OwnOpa:
         self._client = DecisionClient(self.url)
         self._binary, self._seen = await asyncio.gather(find_opa(self._settings), self._look())
         await self._accept()
-        if self._tracing is not None:
-            (self._home / "opa.json").write_bytes(dump_json(opa_configuration(self._tracing)))
+        told = opa_configuration(self._tracing, log=self._logs)
+        (self._home / "opa.json").write_bytes(dump_json(told))
         self._tasks.append(Background(self._supervise, "own-opa"))
         if not await self._confirm(START_PATIENCE):
             message = f"OPA does not serve the policy {START_PATIENCE:g} s after its start"
@@ -209,7 +236,8 @@ class OwnOpa:
     async def _accept(self) -> None:
         """Assemble, check, put in force. After PolicyUnusable or OSError nothing has changed."""
         store = self._home / "store"
-        revision = await asyncio.to_thread(assemble, self._library, self._folder, store)
+        mask = self._library.parent / "system" if self._logs else None
+        revision = await asyncio.to_thread(assemble, self._library, self._folder, store, mask)
         if revision == self.expected:
             return
         try:
@@ -255,8 +283,7 @@ class OwnOpa:
 
     async def _run(self) -> int:
         """One life of OPA; its exit code."""
-        config = ("--config-file=opa.json",) if self._tracing is not None else ()
-        command = (self._binary, *_SERVE, *config, "watched/current")
+        command = (self._binary, *_SERVE, "watched/current")
         self._loaded = modules(self._home / "watched" / "current")
         self._process = process = await spawn(command, self._home)
         assert process.stderr is not None
@@ -264,22 +291,39 @@ class OwnOpa:
         return await ended(process)
 
 
-def opa_configuration(tracing: OpaTracing) -> JsonObject:
-    """OPA's own spans, with decision ids.
+def opa_configuration(tracing: OpaTracing | None, *, log: bool = False) -> JsonObject:
+    """What OPA is told: where its own spans go, and whether it logs decisions.
 
-    There are ids only where there is a decision log. So OPA gets one that drops every record: it
-    would hold arguments, and cost ten times what the id does.
+    Spans have decision ids only where there is a decision log. So OPA gets one that drops every
+    record: it would hold arguments, and cost ten times what the id does.
     """
+    told = {} if tracing is None else {"distributed_tracing": _tracing(tracing)}
+    if tracing is None and not log:
+        return told
+    drop = "/system/log/drop" if log else "/mcp/sidecar/silent"
+    return {**told, "decision_logs": {"console": True, "drop_decision": drop}}
+
+
+def _tracing(tracing: OpaTracing) -> JsonObject:
+    """OPA's own spans. Which are exported is said by the flag of the context that a query brings.
+
+    The percentage is that of queries without one.
+    """
+    files = {
+        "tls_ca_cert_file": tracing.authorities,
+        "tls_cert_file": tracing.certificate,
+        "tls_private_key_file": tracing.key,
+    }
+    encrypted = "mtls" if tracing.certificate else "tls"
     return {
-        "distributed_tracing": {
-            "type": tracing.protocol,
-            "address": tracing.address,
-            "service_name": "opa",
-            "sample_percentage": 100,
-            "encryption": "tls" if tracing.tls else "off",
-            "batch_span_processor_options": {"batch_timeout_ms": BATCH_MS},
-        },
-        "decision_logs": {"console": True, "drop_decision": "/mcp/sidecar/silent"},
+        "type": tracing.protocol,
+        "address": tracing.address,
+        "service_name": "opa",
+        "sample_percentage": 0,
+        "encryption": encrypted if tracing.tls else "off",
+        "batch_span_processor_options": {"batch_timeout_ms": BATCH_MS},
+        # It runs in a folder of its own.
+        **{name: str(Path(file).absolute()) for name, file in files.items() if file},
     }
 
 

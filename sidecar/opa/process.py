@@ -27,8 +27,9 @@ from sidecar.protocol.jsonrpc import FROM_SERVER, parse_json
 logger = logging.getLogger("sidecar.opa")
 
 COMMAND_PATIENCE = 60.0
-END_PATIENCE = 2.0
-MAX_LINE = 64 * 1024
+END_PATIENCE = 1.5
+MAX_LINE = 1024 * 1024
+DECISION = b'"type":"openpolicyagent.org/decision_logs"'
 LINES_PER_MINUTE = 60
 
 _ON_LINUX = sys.platform == "linux"
@@ -63,8 +64,8 @@ async def check(binary: str, folder: Path) -> None:
         PolicyUnusable: with OPA's words, in which paths are relative to `folder`.
     """
     answers = await asyncio.gather(
-        _output((binary, "check", "--strict", "."), folder),
-        _output((binary, "eval", "--fail", "--format=raw", "-d", ".", "data.mcp.revision"), folder),
+        output((binary, "check", "--strict", "."), folder),
+        output((binary, "eval", "--fail", "--format=raw", "-d", ".", "data.mcp.revision"), folder),
     )
     for code, text in answers:
         if code != 0:
@@ -116,23 +117,29 @@ async def end(process: Process) -> None:
 class LastWords:
     """What OPA says on stderr: errors go to the log, at most 60 lines a minute, the rest nowhere.
 
-    Decision logs come the same way, at another level, and hold arguments: they are not passed on.
+    Decision logs come the same way, at another level: `decisions` takes them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decisions: Callable[[bytes], object] = lambda line: None) -> None:
+        self._decisions = decisions
         self.lines: deque[str] = deque(maxlen=10)
         self._minute, self._count = 0.0, 0
 
     async def follow(self, stream: asyncio.StreamReader) -> None:
         """Read to the end of `stream`."""
+        torn = False
         while True:
             try:
                 line = await stream.readline()
             except ValueError:  # longer than MAX_LINE: no error of OPA's is
+                torn = True
                 continue
             if not line:
                 return
-            if text := error_text(line):
+            whole, torn = line.startswith(b"{") or not torn, False
+            if line.startswith(b"{") and DECISION in line:
+                self._decisions(line)
+            elif whole and (text := error_text(line)):
                 self._say(text)
 
     def _say(self, text: str) -> None:
@@ -160,13 +167,13 @@ def error_text(line: bytes) -> str | None:
 async def _version(path: str) -> str | None:
     """`1.19.1`, or None when it is no OPA that can be run."""
     with suppress(OSError, PolicyUnusable):
-        _, text = await _output((path, "version"), None)
+        _, text = await output((path, "version"), None)
         found = re.search(r"^Version:\s*v?(\d+\.\S+)", text, re.MULTILINE)
         return found[1] if found else None
     return None
 
 
-async def _output(command: tuple[str, ...], folder: Path | None) -> tuple[int, str]:
+async def output(command: tuple[str, ...], folder: Path | None) -> tuple[int, str]:
     """The exit code of a command that ends by itself, and what it wrote."""
     process = await asyncio.create_subprocess_exec(
         *command,

@@ -80,11 +80,17 @@ class Readiness:
         self._asked = False
         self._told = time.monotonic()
         self.revision: str | None = None
+        self._revised = time.monotonic()
         self.watermark: str | None = None
         self.error: str | None = "OPA has not been asked yet"
         self.since = timestamp()
         if own is not None:
             own.on_served = self._nudge.set
+
+    @property
+    def age(self) -> float:
+        """Seconds for which the policy's revision has been seen: it is at least that old."""
+        return time.monotonic() - self._revised
 
     @property
     def ready(self) -> bool:
@@ -127,6 +133,8 @@ class Readiness:
         self._turn(None)
         before, now = (self.revision, self.watermark), (decision.revision, decision.watermark)
         self.revision, self.watermark = now
+        if before[0] != now[0]:
+            self._revised = time.monotonic()
         asked, self._asked = self._asked, True
         unseen = decision.watermark is None and time.monotonic() - self._told >= UNMARKED
         if asked and (before != now or unseen) and self._on_change is not None:

@@ -17,6 +17,7 @@ Nothing of OpenTelemetry is imported before it is needed: a stdio wrapper is sta
 client. Attributes are chosen by a table, and the table is the documentation.
 """
 
+from sidecar.telemetry.metrics import Series
 from sidecar.telemetry.recorder import Telemetry, build
 
-__all__ = ["Telemetry", "build"]
+__all__ = ["Series", "Telemetry", "build"]

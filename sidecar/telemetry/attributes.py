@@ -2,9 +2,9 @@
 
 A row says on which spans an attribute is and where its value comes from: the table is what is
 emitted, and a name that has no row is not emitted, but for `authz.x.*`, the policy's own remarks.
-Arguments, results and tokens have no row. The names are those of the OpenTelemetry conventions
-where they have one (GenAI, "MCP": attributes, errors; "Recording errors"), else `actor.*` and
-`authz.*`.
+Tokens have no row; those of arguments and results are empty unless switched on, and then masked.
+The names are those of the OpenTelemetry conventions where they have one (GenAI, "MCP": attributes,
+errors; "Recording errors"), else `actor.*` and `authz.*`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sidecar.conversation import Call
-from sidecar.errors import UpstreamError, UpstreamTimeout
+from sidecar.errors import Overloaded, UpstreamError, UpstreamTimeout
+from sidecar.policy import masking
 from sidecar.policy.decision import Scalar
 from sidecar.policy.document import session_digest
+from sidecar.policy.enforcement import OVERLOADED
 from sidecar.protocol.methods import Direction, Era
+from sidecar.recording import NO_CONTENT, Content
 
 Where = Literal["server", "policy", "upstream"]
 Value = str | bool | int | float | tuple[str, ...]
@@ -35,8 +38,9 @@ MAX_NAMES = 200
 ASKERS_MISTAKES = frozenset({-32700, -32600, -32601, -32602, -32002})
 """Codes that are no error of a SERVER span (GenAI, "MCP", server span, `error.type`)."""
 
-_UNANSWERED = {each.rpc_code: each.code for each in (UpstreamError, UpstreamTimeout)}
-"""Codes that the sidecar gives for a server that did not answer."""
+_UNREACHED = {each.rpc_code: each.code for each in (UpstreamError, UpstreamTimeout)}
+_UNANSWERED = {**_UNREACHED, OVERLOADED: Overloaded.code}
+"""Codes that the sidecar gives for a server that did not answer, or that there was no room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +77,41 @@ def execute_tool(call: Call) -> str | None:
     return "execute_tool" if call.operation.message.method == "tools/call" else None
 
 
-def network_transport(call: Call) -> str:
-    """`network.transport` of the MCP side."""
-    return "pipe" if call.transport == "stdio" else "tcp"
+def _over_http(call: Call, where: Where) -> bool:
+    """Whether the other end of a span is behind HTTP: who asked of SERVER, who is asked of CLIENT.
+
+    A bridge has a client behind HTTP and its server behind a pipe.
+    """
+    with_client = (where == "server") == (call.operation.direction is Direction.FROM_CLIENT)
+    return call.transport == "http" if with_client else call.server_address is not None
 
 
-def network_protocol(call: Call) -> str | None:
-    """`network.protocol.name` of the MCP side."""
-    return "http" if call.transport == "http" else None
+def _transport(where: Where) -> Callable[[Call], str]:
+    return lambda call: "tcp" if _over_http(call, where) else "pipe"
+
+
+def _protocol(where: Where) -> Callable[[Call], str | None]:
+    return lambda call: "http" if _over_http(call, where) else None
+
+
+def _server_address(call: Call) -> tuple[str, int] | None:
+    return call.server_address if call.operation.direction is Direction.FROM_CLIENT else None
+
+
+def server_host(call: Call) -> str | None:
+    """`server.address` of the upstream span."""
+    address = _server_address(call)
+    return None if address is None else address[0]
+
+
+def server_port(call: Call) -> int | None:
+    """`server.port` of the upstream span."""
+    address = _server_address(call)
+    return None if address is None else address[1]
+
+
+asker_transport, asker_protocol = _transport("server"), _protocol("server")
+asked_transport, asked_protocol = _transport("upstream"), _protocol("upstream")
 
 
 def status_code(call: Call) -> str | None:
@@ -109,15 +140,38 @@ def reason(call: Call) -> str | None:
 
 
 def policy_error(call: Call) -> str | None:
-    """`error.type` of the policy span: why there is no decision. A denial is none."""
-    return call.error.detail if call.error is not None else None
+    """`error.type` of the policy span: why no decision came of it. A denial is none.
+
+    A decision that could not be written down counts for nothing: then its reason says so.
+    """
+    if call.error is not None:
+        return call.error.detail
+    return reason(call) if call.verdict == "error" else None
 
 
-def _upstream_error(call: Call) -> str | None:
+def upstream_times(call: Call) -> tuple[int, int]:
+    """From when to when a call was with the server.
+
+    A listing is judged by the server's answer: then that is when the answer was there.
+    """
+    return call.forwarded, call.asked if call.asked > call.forwarded else call.finished
+
+
+def answered(call: Call) -> bool | None:
+    """Whether the server answered a client's request; None where nobody can tell."""
+    from_client = call.operation.direction is Direction.FROM_CLIENT
+    if not (from_client and call.forwarded and call.request_id is not None):
+        return None
+    if call.outcome == "upstream_error":
+        return upstream_error(call) not in _UNREACHED.values()
+    return True if call.outcome in ("success", "tool_error") else None
+
+
+def upstream_error(call: Call) -> str | None:
     """`error.type` of the upstream span: of a CLIENT span every code is an error."""
     match call.outcome:
         case "tool_error":
-            return _upstream_code(call) or "tool_error"
+            return upstream_code(call) or "tool_error"
         case "upstream_error":
             code = call.rpc_error[0] if call.rpc_error is not None else UpstreamError.rpc_code
             return _UNANSWERED.get(code, str(code))
@@ -125,7 +179,7 @@ def _upstream_error(call: Call) -> str | None:
             return None
 
 
-def _upstream_code(call: Call) -> str | None:
+def upstream_code(call: Call) -> str | None:
     """The code that the other side answered with; not one that stands for no answer."""
     if call.rpc_error is None or call.outcome not in ("tool_error", "upstream_error"):
         return None
@@ -166,6 +220,22 @@ def _resource(call: Call) -> str | None:
     return ",".join(names) or None
 
 
+def _content(call: Call) -> Content:
+    """What of a tool call's content is recorded."""
+    content: Content = getattr(call.trace.state, "content", NO_CONTENT)
+    return content if execute_tool(call) else NO_CONTENT
+
+
+def _arguments(call: Call) -> str | None:
+    found = _content(call).arguments_of(call, MAX_TEXT)
+    return None if found is None else masking.text(found)
+
+
+def _result(call: Call) -> str | None:
+    found = _content(call).result_of(call, MAX_TEXT)
+    return None if found is None else masking.text(found)
+
+
 def _decided(name: Literal["rule", "owner", "revision", "opa_id"]) -> Reader:
     def read(call: Call) -> str | None:
         value: str | None = getattr(call.decision, name, None)
@@ -184,16 +254,22 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("jsonrpc.request.id", _S | _U, _request_id, "as a string; requests"),
     Attribute("gen_ai.operation.name", _S | _U, execute_tool, "execute_tool; tools/call"),
     Attribute("gen_ai.tool.name", _S | _U, tool, "as asked for; tools/call"),
+    Attribute("gen_ai.tool.call.arguments", _S | _U, _arguments, "masked JSON; when switched on"),
+    Attribute("gen_ai.tool.call.result", _S | _U, _result, "masked JSON; when switched on"),
     Attribute("gen_ai.prompt.name", _S | _U, prompt, "as asked for; prompts/get"),
-    Attribute("network.transport", _S | _U, network_transport, "pipe (stdio) or tcp"),
+    Attribute("network.transport", _S, asker_transport, "pipe (stdio) or tcp"),
+    Attribute("network.transport", _U, asked_transport, "pipe (stdio) or tcp"),
     Attribute("network.transport", _P, lambda call: str(call.trace.state.opa), "unix or tcp"),
-    Attribute("network.protocol.name", _S | _U, network_protocol, "http, unless stdio"),
+    Attribute("network.protocol.name", _S, asker_protocol, "http, unless stdio"),
+    Attribute("network.protocol.name", _U, asked_protocol, "http, unless stdio"),
     Attribute("client.address", _S, _client_address, "where a client's message came from"),
+    Attribute("server.address", _U, server_host, "where a server over HTTP is reached"),
+    Attribute("server.port", _U, server_port, "where a server over HTTP is reached"),
     Attribute("error.type", _S, server_error, "code, tool_error, policy_error, upstream_error"),
     Attribute("error.type", _P, policy_error, "timeout, connection_error, bad_response, …"),
-    Attribute("error.type", _U, _upstream_error, "code, tool_error, upstream_failed, …_timeout"),
+    Attribute("error.type", _U, upstream_error, "code, tool_error, upstream_failed, …_timeout"),
     Attribute("rpc.response.status_code", _S, status_code, "the code that the asker got"),
-    Attribute("rpc.response.status_code", _U, _upstream_code, "the code that the server gave"),
+    Attribute("rpc.response.status_code", _U, upstream_code, "the code that the server gave"),
     Attribute("security_rule.ruleset.name", _P, lambda call: RULESET, "the policy's package"),
     Attribute("opa.decision_id", _P, _decided("opa_id"), "as in OPA's log, when that is on"),
     Attribute("actor.type", _S | _P, lambda call: call.actor.principal.type, "human, service, …"),
@@ -269,11 +345,12 @@ class Names:
         self._seen: set[str] = set()
 
     def bound(self, name: str) -> str:
-        """The name itself, or `_OTHER`."""
+        """The name itself, as UTF-8, or `_OTHER`."""
         if name in self._seen:
             return name
         if len(self._seen) >= self._limit or len(name) > MAX_NAME:
             return OTHER
+        name = text(name)
         self._seen.add(name)
         return name
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from sidecar.conversation import Call, TraceContext
+from sidecar.recording import NO_CONTENT, Content
 from sidecar.telemetry import export
 from sidecar.telemetry.export import Queue
-from sidecar.telemetry.metrics import Metrics
+from sidecar.telemetry.metrics import Metrics, Reading
 from sidecar.telemetry.spans import OpaTransport, Spans
 from sidecar.telemetry.tracecontext import Remote, read_baggage, read_remote
 from sidecar.telemetry.tracecontext import headers as as_headers
@@ -38,9 +39,19 @@ class Telemetry:
         closing: tuple[Callable[[], None], ...] = (),
     ) -> None:
         self._spans, self._metrics, self._closing = spans, metrics, closing
+        self._flushing: list[threading.Thread] = []
+        self._deadline = 0.0
 
-    def begin(self, meta: Mapping[str, object], headers: Mapping[str, str]) -> TraceContext:
+    def begin(
+        self,
+        meta: Mapping[str, object],
+        headers: Mapping[str, str],
+        cause: TraceContext | None = None,
+    ) -> TraceContext:
         """The context of one action, below the caller's: `_meta`'s, else that of the HTTP headers.
+
+        Where neither has one it is below its cause; where the caller's is of another trace, the
+        cause is a link.
 
         When nothing is traced, what the caller sent goes on as it came.
         """
@@ -50,7 +61,7 @@ class Telemetry:
         if self._spans is None:
             return _passed_on(parent, baggage)
         twice = sent and ambient and sent.span_id != ambient.span_id
-        return self._spans.begin(parent, ambient if twice else None, baggage)
+        return self._spans.begin(parent, ambient if twice else None, baggage, cause)
 
     def decided(self, call: Call) -> None:
         """Nothing: spans and counts are made of the whole call."""
@@ -70,7 +81,7 @@ class Telemetry:
         if self._metrics is not None:
             self._metrics.malformed(code)
 
-    def observe(self, name: str, read: Callable[[], float]) -> None:
+    def observe(self, name: str, read: Callable[[], Reading]) -> None:
         """Have an observed metric of the table (`metrics.METRICS`) read by `read`, at any time."""
         if self._metrics is not None:
             self._metrics.observe(name, read)
@@ -79,19 +90,24 @@ class Telemetry:
         """The Prometheus text (`metrics.CONTENT_TYPE`)."""
         return b"" if self._metrics is None else self._metrics.render()
 
-    def shutdown(self, within: float = SHUTDOWN) -> None:
-        """Send what waits, and give up after `within` seconds.
+    def close(self, within: float = SHUTDOWN) -> None:
+        """Begin to send what waits: nothing is recorded any more.
 
         The SDK waits half a minute for a dead collector, so it does so in threads that end with the
         process.
         """
         closing, self._closing = self._closing, ()
-        threads = [threading.Thread(target=each, daemon=True) for each in closing]
-        for thread in threads:
+        self._deadline = time.monotonic() + within
+        self._flushing = [threading.Thread(target=each, daemon=True) for each in closing]
+        for thread in self._flushing:
             thread.start()
-        deadline = time.monotonic() + within
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def shutdown(self, within: float = SHUTDOWN) -> None:
+        """Have sent what waits; give up `within` seconds after `close`, which comes first."""
+        if self._closing:
+            self.close(within)
+        for thread in self._flushing:
+            thread.join(max(0.0, self._deadline - time.monotonic()))
 
 
 def build(
@@ -100,6 +116,7 @@ def build(
     version: str,
     metrics: bool = False,
     opa: OpaTransport = "unix",
+    content: Content = NO_CONTENT,
     environ: Mapping[str, str] | None = None,
     exporter: SpanExporter | None = None,
 ) -> Telemetry:
@@ -110,6 +127,7 @@ def build(
         version: of the sidecar, for `service.version`.
         metrics: whether somebody will ask for the Prometheus text.
         opa: how OPA is reached, for the policy span.
+        content: what of a call's content is on its spans.
         environ: the environment, for `OTEL_*` that no setting covers; the SDK reads some itself.
         exporter: takes the place of the one that the settings name.
 
@@ -128,7 +146,8 @@ def build(
     spans = counts = None
     closing: list[Callable[[], None]] = []
     if queue is not None:
-        spans = Spans(queue.add, resource, ratio=settings.ratio, version=version, opa=opa)
+        ratio = settings.ratio
+        spans = Spans(queue.add, resource, ratio=ratio, version=version, opa=opa, content=content)
         closing.append(queue.shutdown)
     if metrics or pushed is not None:
         counts = Metrics(resource, version, pushed=pushed, scraped=metrics)

@@ -2,7 +2,7 @@
 
 ::
 
-    the caller's span (`_meta`, else HTTP; when both, HTTP's is a link)
+    the caller's span (`_meta`, else HTTP; when both, HTTP's is a link; else that of the cause)
     └── SERVER  tools/call NAME
         ├── CLIENT  policy.evaluate mcp/authz     when the policy was asked; OPA's own is below it
         └── CLIENT  tools/call NAME               when it was forwarded; the server's is below it
@@ -22,6 +22,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sidecar.conversation import Call, TraceContext
+from sidecar.recording import NO_CONTENT, Content
 from sidecar.telemetry import attributes
 from sidecar.telemetry.attributes import OTHER, RULESET, Names, Where
 from sidecar.telemetry.tracecontext import Remote, headers
@@ -41,12 +42,13 @@ class Ids(NamedTuple):
     """The spans of a call by their ids (hex); whether it is exported though nothing happened."""
 
     parent: Remote | None
-    link: Remote | None
+    links: tuple[Remote, ...]
     server: str
     policy: str
     upstream: str
     chosen: bool
     opa: OpaTransport
+    content: Content = NO_CONTENT
 
 
 class Spans:
@@ -60,6 +62,7 @@ class Spans:
         ratio: float,
         version: str,
         opa: OpaTransport,
+        content: Content = NO_CONTENT,
     ) -> None:
         from opentelemetry import trace
         from opentelemetry.sdk.trace import ReadableSpan
@@ -70,18 +73,29 @@ class Spans:
         self._sampled = trace.TraceFlags(trace.TraceFlags.SAMPLED)
         self._unset = trace.Status(trace.StatusCode.UNSET)
         self._export, self._resource, self._opa = export, resource, opa
+        self._content = content
         self._threshold = int(ratio * _ALL)
         self._key = os.urandom(32)
         self._names = Names()
 
     def begin(
-        self, parent: Remote | None, link: Remote | None, baggage: str | None
+        self,
+        parent: Remote | None,
+        link: Remote | None,
+        baggage: str | None,
+        cause: TraceContext | None = None,
     ) -> TraceContext:
-        """New ids below the caller's span.
+        """New ids below the caller's span, else below the SERVER span of what caused it.
 
         The sampled flag says what is certain: this trace is exported whatever the outcome. OPA gets
         no baggage, which it would not read.
         """
+        links = () if link is None else (link,)
+        if cause is not None and isinstance(cause.state, Ids):
+            before = _server_span(cause, cause.state)
+            parent = parent or before
+            if parent.trace_id != before.trace_id:
+                links = (*links, before)
         ids = os.urandom(40).hex()
         trace_id, state = (parent.trace_id, parent.tracestate) if parent else (ids[:32], None)
         server, policy, upstream = ids[32:48], ids[48:64], ids[64:]
@@ -92,7 +106,7 @@ class Spans:
             trace_id=trace_id,
             to_opa=headers(f"00-{trace_id}-{policy}-{flags}", state),
             to_upstream=headers(f"00-{trace_id}-{upstream}-{flags}", state, baggage),
-            state=Ids(parent, link, server, policy, upstream, chosen, self._opa),
+            state=Ids(parent, links, server, policy, upstream, chosen, self._opa, self._content),
         )
 
     def record(self, call: Call) -> None:
@@ -120,9 +134,8 @@ class Spans:
             yield self._one(call, "policy", question, (policy, server), (call.asked, answered))
         if call.forwarded:
             upstream = self._context(call, ids.upstream)
-            # A listing is judged by the server's answer: then that is when the answer was there.
-            answered = call.asked if call.asked > call.forwarded else end
-            yield self._one(call, "upstream", name, (upstream, server), (call.forwarded, answered))
+            times = attributes.upstream_times(call)
+            yield self._one(call, "upstream", name, (upstream, server), times)
 
     def _one(
         self,
@@ -157,15 +170,15 @@ class Spans:
         """ERROR, described in our own words only: a server's may quote arguments or results."""
         said = ""
         if where == "policy":
-            said = str(call.error)
+            said = "" if call.error is None else str(call.error)
         elif where == "server" and call.outcome in ("denied", "policy_error") and call.rpc_error:
             said = call.rpc_error[1]
         code = self._otel.StatusCode.ERROR
         return self._otel.Status(code, attributes.text(said) if said else None)
 
     def _links(self, call: Call) -> tuple[Link, ...]:
-        link: Remote | None = call.trace.state.link
-        return () if link is None else (self._otel.Link(self._remote(link)),)
+        links: tuple[Remote, ...] = call.trace.state.links
+        return tuple(self._otel.Link(self._remote(each)) for each in links)
 
     def _context(self, call: Call, span_id: str) -> SpanContext:
         ids: Ids = call.trace.state
@@ -182,3 +195,10 @@ class Spans:
         if remote is None or remote.tracestate is None:
             return None
         return self._otel.TraceState.from_header([remote.tracestate])
+
+
+def _server_span(context: TraceContext, ids: Ids) -> Remote:
+    """The SERVER span of an action, as others name it."""
+    trace_id, state = context.trace_id or "", ids.parent.tracestate if ids.parent else None
+    traceparent = f"00-{trace_id}-{ids.server}-{'01' if ids.chosen else '00'}"
+    return Remote(traceparent, trace_id, ids.server, ids.chosen, state)

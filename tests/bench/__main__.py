@@ -2,7 +2,8 @@
 
 direct is client and server alone, pass-through the sidecar with a decider that says yes at once,
 full path the sidecar with its own OPA and the starter policy; with a token the same, where the
-caller is known by a bearer token, which is verified once and remembered until it expires.
+caller is known by a bearer token, which is verified once and remembered until it expires. What it
+costs to be watched (metrics, and spans at two ratios) is a table of its own: `telemetry_cost`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from tests.bench import policy_cost
+from tests.bench import policy_cost, telemetry_cost
 from tests.bench.load import Cold, Measured, over_http, over_stdio
 from tests.support.identity import Idp, idp, policy
 from tests.support.issuing import claims
@@ -172,6 +173,7 @@ def main() -> None:
     http_table()
     stdio_table()
     import_row()
+    telemetry_cost.main()
     print()
     policy_cost.main()
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import trustme
 import uvloop
 
 from sidecar.config import Opa
@@ -324,7 +326,9 @@ async def test_what_opa_says_is_logged(
 
 
 @asynccontextmanager
-async def collector() -> AsyncIterator[tuple[str, list[bytes]]]:
+async def collector(
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[tuple[str, list[bytes]]]:
     """Takes whatever is sent over HTTP, and says yes."""
     bodies: list[bytes] = []
 
@@ -337,7 +341,7 @@ async def collector() -> AsyncIterator[tuple[str, list[bytes]]]:
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     try:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", bodies
     finally:
@@ -364,6 +368,29 @@ async def test_with_tracing_opa_sends_its_own_span(
     assert sent.count(b"opa.decision_id") == 1
     assert b"hunter2" not in sent
     assert capfd.readouterr() == ("", "")
+
+
+async def test_opa_shows_its_certificate_to_a_collector_that_it_trusts(
+    settings: Opa, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    ours, theirs = authority.issue_cert("opa.example"), authority.issue_cert("127.0.0.1")
+    files = {name: tmp_path / f"{name}.pem" for name in ("authorities", "certificate", "key")}
+    authority.cert_pem.write_to_path(files["authorities"])
+    ours.cert_chain_pems[0].write_to_path(files["certificate"])
+    ours.private_key_pem.write_to_path(files["key"])
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(context)
+    theirs.configure_cert(context)
+    async with collector(context) as (address, bodies):
+        paths = (str(files[name]) for name in ("authorities", "certificate", "key"))
+        tracing = OpaTracing(address, "http", True, *paths)
+        async with running(settings, tracing=tracing) as it:
+            headers = {"traceparent": f"00-{1:032x}-{2:016x}-01"}
+            await it.client.decide({"actor": {"id": "ann"}}, deadline=1, headers=headers)
+            await eventually(lambda: bodies, within=5)
+    assert f"{1:032x}" in b"".join(bodies).hex()
 
 
 async def test_a_dead_collector_costs_nothing(settings: Opa) -> None:

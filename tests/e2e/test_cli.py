@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import permissive_server
+from tests.support.identity import idp
 from tests.support.opa import write
 from tests.support.processes import (
     ALLOW_ALL,
@@ -126,8 +127,8 @@ POLICY = ("--policy", str(ALLOW_ALL))
             id="no configuration",
         ),
         # Known by name, and not built.
-        pytest.param(("inject", "-f", "x"), ("'inject'", "not there yet"), id="a later command"),
-        pytest.param(("policy", "build", "x"), ("'policy'", "not there yet"), id="another"),
+        pytest.param(("shim", "--", "x"), ("'shim'", "not there yet"), id="a later command"),
+        pytest.param(("audit", "verify", "x"), ("'audit'", "not there yet"), id="another"),
     ],
 )
 def test_wrong_usage_ends_with_125_and_says_what_is_wrong(
@@ -165,7 +166,7 @@ identity: {source: mtls}
         ("limits.client_mesage", "limits.client_message"),
         ("upstreams[0].nam", "did you mean 'name'"),
         ("upstreams[0].url", "http"),
-        ("identity.source", "not there yet"),
+        ("identity.source", "static, none"),
         ("MCP_SIDECAR_LIMITS__NESTIN", "MCP_SIDECAR_LIMITS__NESTING"),
         ("--listen", "HOST:PORT"),
     ):
@@ -334,6 +335,22 @@ def test_check_tells_of_configuration_and_policy_at_once(
     told = fits(run(env, "check", "--config", config, "--policy", policy), CONFIG_FAULT)
     assert "did you mean 'limits'" in told
     assert "custom.rego:2" in told
+
+
+def test_check_fetches_keys_only_when_it_is_told_to(env: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    with idp() as issuer, idp() as gone:
+        issuers = [issuer.believed(), gone.believed()]
+        config.write_text(json.dumps({"identity": {"jwt": issuers}}), encoding="utf-8")
+        gone.stop()
+        assert run(env, "check", "--config", config, *POLICY).returncode == 0
+        assert issuer.server.asked == []
+        told = fits(run(env, "check", "--online", "--config", config, *POLICY), CONFIG_FAULT)
+        assert f"the keys of {gone.url} can not be had: the issuer is not reached" in told
+        assert f"the keys of {issuer.url}" not in told
+        config.write_text(json.dumps({"identity": {"jwt": issuers[:1]}}), encoding="utf-8")
+        done = run(env, "check", "--online", "--config", config, *POLICY)
+        assert (done.returncode, f"fine: the keys of {issuer.url}" in done.stderr) == (0, True)
 
 
 def test_check_of_an_opa_that_does_not_answer_says_so(env: dict[str, str], tmp_path: Path) -> None:

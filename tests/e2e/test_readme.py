@@ -8,13 +8,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from sidecar.opa import DecisionClient
 from tests.support import client as clients
+from tests.support import opa
 from tests.support.client import MODERN
+from tests.support.otlp import Sink
 from tests.support.processes import (
     LISTENING,
     ROOT,
@@ -25,7 +29,8 @@ from tests.support.processes import (
     sidecar,
     ticket_desk,
 )
-from tests.support.raw import Pipe
+from tests.support.raw import Pipe, post_modern, request
+from tests.support.traced import OPA, SIDECAR, scene
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -137,10 +142,25 @@ def pins(newcomer: Newcomer, command: str) -> None:
         assert newcomer.run(words).returncode == 0
 
 
+def watches(newcomer: Newcomer, command: str) -> None:
+    with ticket_desk(newcomer.folder / "log") as server:
+        newcomer.upstream = server.url
+        newcomer.config()
+        newcomer.env["MCP_SIDECAR_CONTROL"] = str(newcomer.folder / "run" / "control.sock")
+        serve = ("http", "--config", newcomer.folder / "sidecar.yaml", "--admin", "127.0.0.1:0")
+        with Process(sidecar(*serve), env=newcomer.env) as process:
+            url = process.wait_for(LISTENING)[1]
+            post_modern(url, request(1, "tickets/nonsense"))
+            with Process(newcomer.sidecar(command), env=newcomer.env, pipes=True) as watcher:
+                assert b"tickets/nonsense" in watcher.stdout.readline()
+
+
 PIN = "mcp-sidecar pin --upstream http://127.0.0.1:8080/mcp > pins.json"
 RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "make demo": make_target,  # run by test_demo.py
     "make test": make_target,  # what runs this
+    "make jaeger": make_target,
+    "make demo JAEGER=1": make_target,  # what it does is in test_jaeger.py
     "make demo OTLP=http://localhost:4318": make_target,
     COPY: copies,
     "mcp-sidecar check --policy ./policy": checks,
@@ -152,6 +172,7 @@ RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "--upstream http://127.0.0.1:8080/mcp": bridges,
     "mcp-sidecar http --config sidecar.yaml --otlp http://localhost:4318": listens,
     PIN: pins,
+    "mcp-sidecar tail --decision deny": watches,
     "mcp-sidecar pin --check pins.json --upstream http://127.0.0.1:8080/mcp": pins,
 }
 
@@ -192,6 +213,34 @@ def test_the_policy_shown_is_one_that_passes_the_check(newcomer: Newcomer) -> No
     assert yaml.safe_load(shown)["mcp"]["grants"]["agents"]
     (newcomer.folder / "policy" / "data.yaml").write_text(shown, encoding="utf-8")
     checks(newcomer, "mcp-sidecar check --policy ./policy")
+
+
+async def test_a_co_located_opa_joins_the_trace_by_the_configuration_shown(
+    tmp_path: Path, opa_bin: Path
+) -> None:
+    """It exports what the sidecar has chosen, and of its own accord nothing."""
+    shown = yaml.safe_load(block("yaml", "distributed_tracing"))
+    policy, config = opa.write(tmp_path / "opa", {"p.rego": opa.ALLOW_ALL}), tmp_path / "opa.json"
+    with Sink() as sink, scene(sink.url, tmp_path, ("stdio", MODERN), opa_bin) as played:
+        shown["distributed_tracing"]["address"] = sink.url.removeprefix("http://")
+        shown["distributed_tracing"]["batch_span_processor_options"] = {"batch_timeout_ms": 100}
+        config.write_text(json.dumps(shown), encoding="utf-8")
+        async with (
+            opa.real_opa(opa_bin, policy, "--config-file", str(config)) as real,
+            replace(played, decider=("--opa", real.url)).open() as client,
+        ):
+            stranger = DecisionClient(real.url)
+            await stranger.decide({}, deadline=5, headers={})
+            await stranger.close()
+            await client.list_tools()
+            caller, _ = await played.call(client, "get_ticket", id=4711)
+            sink.wait_for(7, where=lambda span: span.trace_id == caller.trace_id)
+    spans = {span.span_id: span for span in sink.spans}
+    theirs = [span for span in spans.values() if span.service == OPA]
+    assert caller.trace_id in {span.trace_id for span in theirs}
+    for span in theirs:
+        asked = spans[span.parent_id or "no parent"]
+        assert (asked.service, asked.name) == (SIDECAR, "policy.evaluate mcp/authz")
 
 
 def test_files_that_the_readme_links_to_exist() -> None:

@@ -20,6 +20,7 @@ POLICIES = {
     "starter/data.yaml",
     "allow_all/custom.rego",
     "deny_all/custom.rego",
+    "system/mask.rego",
 }
 
 

@@ -59,6 +59,26 @@ async def test_a_line_that_is_too_long_is_passed_over(caplog: pytest.LogCaptureF
     assert all(len(message) < 1100 for message in caplog.messages)
 
 
+async def test_decisions_are_for_whoever_takes_them(caplog: pytest.LogCaptureFixture) -> None:
+    stream, taken = asyncio.StreamReader(), list[bytes]()
+    logged = b'{"input":{},"msg":"Decision Log","type":"openpolicyagent.org/decision_logs"}\n'
+    stream.feed_data(logged + DECISION + logged[1:])
+    stream.feed_eof()
+    await LastWords(taken.append).follow(stream)
+    assert taken == [logged]
+
+
+async def test_the_rest_of_a_torn_line_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    stream = asyncio.StreamReader(limit=100)
+    reading = asyncio.ensure_future(LastWords().follow(stream))
+    stream.feed_data(b'{"x":"' + b"x" * 300)
+    await asyncio.sleep(0)  # it has seen that there is too much of it
+    stream.feed_data(b'SECRET"}\n')
+    stream.feed_eof()
+    await reading
+    assert caplog.messages == []
+
+
 async def test_the_end_without_a_newline_is_heard(caplog: pytest.LogCaptureFixture) -> None:
     await followed(b"fatal error: out of memory")
     assert caplog.messages == ["opa_said fatal error: out of memory"]

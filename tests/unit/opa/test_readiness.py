@@ -128,6 +128,19 @@ async def test_changes_of_revision_and_watermark_are_told() -> None:
     assert changes == [("r2", None), ("r2", "w")]
 
 
+async def test_a_policy_is_as_old_as_its_revision_has_been_seen() -> None:
+    opa = Scripted(Decision(True, revision="r1", watermark="w1"))
+    async with asking(opa) as readiness:
+        await eventually(lambda: readiness.age > 0.05, within=5)
+        opa.answer = Decision(True, revision="r1", watermark="w2")
+        await eventually(lambda: readiness.watermark == "w2", within=5)
+        assert readiness.age > 0.05
+        before = readiness.age
+        opa.answer = Decision(True, revision="r2", watermark="w2")
+        await eventually(lambda: readiness.revision == "r2", within=5)
+        assert readiness.age < before
+
+
 @pytest.mark.parametrize("watermark", ["w", None])
 async def test_where_nothing_says_that_nothing_has_changed_a_change_is_told_now_and_then(
     watermark: str | None, monkeypatch: pytest.MonkeyPatch

@@ -1,23 +1,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sidecar.conversation import Call, TraceContext
-from sidecar.policy.decision import Decision, Scalar
+from sidecar.policy.decision import Decision, Reason, Scalar
 from sidecar.policy.identity import UNKNOWN
+from sidecar.policy.masking import Masking
 from sidecar.protocol.methods import Direction, Era
 from sidecar.protocol.session import Target
+from sidecar.recording import Content
 from sidecar.telemetry import attributes
 from sidecar.telemetry.attributes import ATTRIBUTES, MAX_ITEMS, MAX_TEXT, OTHER, Names, Where
 from sidecar.telemetry.spans import Ids
 from tests.support import calls
 
 TRACE = TraceContext(
-    "4bf92f3577b34da6a3ce929d0e0e4736", state=Ids(None, None, "", "", "", True, "unix")
+    "4bf92f3577b34da6a3ce929d0e0e4736", state=Ids(None, (), "", "", "", True, "unix")
 )
 SESSION = "sha256:" + hashlib.sha256(b"s3cret").hexdigest()
 WHO = {
@@ -73,7 +76,8 @@ def test_the_policy_span_says_who_asked_and_what_was_decided() -> None:
 
 
 def test_the_upstream_span_says_what_was_asked_for() -> None:
-    assert attributes.of(calls.allowed(TRACE), "upstream") == WHAT
+    where = {"server.address": "tickets", "server.port": 9000}
+    assert attributes.of(calls.allowed(TRACE), "upstream") == {**WHAT, **where}
 
 
 def test_no_span_has_arguments_messages_or_the_session() -> None:
@@ -81,6 +85,31 @@ def test_no_span_has_arguments_messages_or_the_session() -> None:
     for call in (calls.allowed(TRACE), calls.denied(TRACE), calls.undecided(TRACE)):
         said = repr([attributes.of(call, where) for where in spans])
         assert not [each for each in ("TOP-SECRET", "no grant", "s3cret") if each in said]
+
+
+def with_content(content: Content, **changes: Any) -> Call:
+    return calls.allowed(replace(TRACE, state=TRACE.state._replace(content=content)), **changes)
+
+
+@pytest.mark.parametrize("where", ["server", "upstream"])
+def test_content_is_there_masked_when_it_is_switched_on(where: Where) -> None:
+    call = with_content(Content(True, True, Masking(("result.id",))), result={"id": 7, "to": "x"})
+    found = attributes.of(call, where)
+    assert found["gen_ai.tool.call.arguments"] == '{"id":"<string 10>"}'
+    assert found["gen_ai.tool.call.result"] == '{"id":7,"to":"<string 1>"}'
+    assert "gen_ai.tool.call.arguments" not in attributes.of(call, "policy")
+
+
+def test_content_fits_and_is_of_tools_alone() -> None:
+    params = {"name": "p", "arguments": {f"a{number}": "x" for number in range(500)}}
+    call = with_content(Content(True, True), operation=calls.operation(params=params))
+    whole = attributes.of(call, "server")["gen_ai.tool.call.arguments"]
+    assert isinstance(whole, str)
+    assert len(json.loads(whole)) > 10
+    assert len(whole) <= MAX_TEXT
+    prompt = calls.operation("prompts/get", Target("prompt", "p"), params=params)
+    found = attributes.of(with_content(Content(True, True), operation=prompt), "server")
+    assert not [name for name in found if name.startswith("gen_ai.tool")]
 
 
 def test_the_table_has_each_attribute_of_a_span_once() -> None:
@@ -172,6 +201,12 @@ def test_the_policy_span_says_why_there_is_no_decision() -> None:
     assert attributes.of(calls.undecided(TRACE), "policy")["error.type"] == "timeout"
 
 
+def test_a_decision_that_could_not_be_written_down_is_none() -> None:
+    unwritten = (Reason("audit_failed"),)
+    call = calls.allowed(TRACE, verdict="error", reasons=unwritten, outcome="policy_error")
+    assert attributes.of(call, "policy")["error.type"] == "audit_failed"
+
+
 @pytest.mark.parametrize(
     ("method", "target", "params", "expected"),
     [
@@ -209,10 +244,46 @@ def test_the_session_is_hashed_and_modern_messages_have_none() -> None:
     assert "mcp.session.id" not in attributes.of(modern, "server")
 
 
-def test_over_stdio_the_transport_is_a_pipe() -> None:
-    found = attributes.of(calls.allowed(TRACE, transport="stdio"), "server")
-    assert found["network.transport"] == "pipe"
-    assert "network.protocol.name" not in found
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("client", ["stdio", "http"])
+@pytest.mark.parametrize("address", [None, ("tickets", 9000)])
+def test_each_span_says_how_its_own_other_end_is_reached(
+    direction: Direction, client: str, address: tuple[str, int] | None
+) -> None:
+    operation = calls.operation("ping", None, direction=direction)
+    call = calls.passed(TRACE, operation=operation, transport=client, server_address=address)
+    with_client = ("pipe", None) if client == "stdio" else ("tcp", "http")
+    with_server = ("pipe", None) if address is None else ("tcp", "http")
+    spans: tuple[Where, Where] = ("server", "upstream")
+    ends = [with_client, with_server]
+    if direction is Direction.FROM_SERVER:
+        ends.reverse()
+    for where, end in zip(spans, ends, strict=True):
+        found = attributes.of(call, where)
+        assert (found["network.transport"], found.get("network.protocol.name")) == end
+
+
+def test_a_client_that_is_asked_has_no_address() -> None:
+    asked = calls.operation("roots/list", Target("roots", "-"), direction=Direction.FROM_SERVER)
+    found = attributes.of(calls.allowed(TRACE, operation=asked), "upstream")
+    assert not {"server.address", "server.port"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "answered"),
+    [
+        pytest.param({}, True, id="a result"),
+        pytest.param({"outcome": "tool_error"}, True, id="a failure of its own"),
+        pytest.param({"outcome": "upstream_error", "rpc_error": (-32603, "")}, True, id="an error"),
+        pytest.param({"outcome": "upstream_error", "rpc_error": (-31502, "")}, False, id="gone"),
+        pytest.param({"outcome": "upstream_error", "rpc_error": (-31504, "")}, False, id="late"),
+        pytest.param({"outcome": "upstream_error", "rpc_error": (-31429, "")}, True, id="no room"),
+        pytest.param({"outcome": "cancelled"}, None, id="nobody waited"),
+        pytest.param({"forwarded": 0}, None, id="not asked"),
+    ],
+)
+def test_whether_the_server_answered(changes: dict[str, Any], answered: bool | None) -> None:
+    assert attributes.answered(calls.allowed(**changes)) is answered
 
 
 def test_a_servers_question_has_no_client_address() -> None:

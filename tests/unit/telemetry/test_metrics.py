@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from opentelemetry.sdk.resources import Resource
+from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.conversation import Call
 from sidecar.policy.decision import Reason
 from sidecar.protocol.session import Target
+from sidecar.telemetry.attributes import MAX_NAME, MAX_NAMES
 from sidecar.telemetry.metrics import MAX_CODES, METRICS, POLICY_BUCKETS, Metrics
 from tests.support import calls
 
@@ -41,6 +46,7 @@ def test_decisions_are_counted_by_who_what_and_why(metrics: Metrics) -> None:
         "gen_ai_tool_name": "get_ticket",
     }
     denied = {**allowed, "authz_decision": "deny", "authz_reason": "not_granted"}
+    allowed["authz_owner"] = "support"
     assert samples(metrics, "authz_decisions_total") == [(allowed, 2.0), (denied, 1.0)]
 
 
@@ -90,13 +96,16 @@ def flood(n: int) -> Iterator[Call]:
     yield calls.allowed(outcome="upstream_error", rpc_error=(-n, ""))
     yield calls.denied(reasons=(Reason("reason_" + "abcdefghij"[n % 10] * (n // 10 + 1)),))
     yield calls.denied(reasons=(Reason(f"Not a code {n}"),))
+    yield calls.allowed(decision=replace(calls.ALLOWED, owner=f"team-{n}"))
 
 
 def test_the_number_of_series_is_bounded(metrics: Metrics) -> None:
     for n in range(400):
         for call in flood(n):
             metrics.record(call)
-    assert len(samples(metrics, "authz_decisions_total")) < 600
+    decisions = samples(metrics, "authz_decisions_total")
+    assert len(decisions) < 800
+    assert len({labels.get("authz_owner") for labels, _ in decisions}) <= MAX_NAMES + 2
     series = samples(metrics, "mcp_server_operation_duration_seconds_count")
     values = {name: {labels.get(name) for labels, _ in series} for name in series[0][0]}
     assert len(series) < 400
@@ -105,6 +114,35 @@ def test_the_number_of_series_is_bounded(metrics: Metrics) -> None:
     assert "_OTHER" in values["mcp_method_name"]
     codes = {labels.get("error_type") for labels, _ in series}
     assert len(codes) <= MAX_CODES + 2
+
+
+HOSTILE = st.text(max_size=300) | st.sampled_from(["\ud800", '"}\n# EOF\nx{a="', "a" * 10**5, ""])
+
+
+@given(st.lists(HOSTILE, min_size=1, max_size=6), st.integers(-(2**63), 2**63))
+@example(["\ud800"], 2**70)
+def test_hostile_names_break_no_text_and_no_bound(names: list[str], code: int) -> None:
+    metrics = Metrics(Resource({}), "1", pushed=None, scraped=True)
+    for name in names:
+        for known in (True, None, False):
+            asked = calls.operation(target=Target("tool", name), protocol_version=name)
+            metrics.record(calls.allowed(operation=asked, tool_known=known))
+            metrics.record(calls.denied(operation=asked, tool_known=known))
+        metrics.record(calls.unknown(name))
+        metrics.record(
+            calls.allowed(operation=calls.operation("prompts/get", Target("prompt", name)))
+        )
+        metrics.record(calls.allowed(outcome="upstream_error", rpc_error=(code, name)))
+        metrics.record(calls.denied(reasons=(Reason(name),)))
+    rows = {each.name.replace(".", "_"): each for each in METRICS}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        row = rows.get(family.name.removesuffix("_seconds"))
+        for sample in family.samples if row else ():
+            assert row is not None
+            allowed = {label.replace(".", "_") for label in row.labels} | {"le"}
+            assert set(sample.labels) <= allowed
+            assert max(map(len, sample.labels.values()), default=0) <= MAX_NAME
+    metrics.shutdown()
 
 
 def test_malformed_messages_are_counted_by_code(metrics: Metrics) -> None:
@@ -125,6 +163,45 @@ def test_what_is_observed_is_read_at_each_scrape(metrics: Metrics) -> None:
     assert samples(metrics, "authz_calls_active") == [({}, 5.0)]
 
 
+def test_what_is_observed_by_labels_has_those_of_the_table_in_a_bounded_size(
+    metrics: Metrics,
+) -> None:
+    revision = {"authz.policy_revision": "\ud800" + "r" * 500, "actor.id": "ana"}
+    metrics.observe("authz.policy.info", lambda: [(revision, 1)])
+    assert samples(metrics, "authz_policy_info") == [
+        ({"authz_policy_revision": "?" + "r" * 127}, 1.0)
+    ]
+
+
+def test_what_is_not_known_is_not_there(metrics: Metrics) -> None:
+    metrics.observe("authz.policy.age", list)
+    assert samples(metrics, "authz_policy_age_seconds") == []
+
+
+def test_what_was_let_through_is_timed_until_its_answer_was_there(metrics: Metrics) -> None:
+    metrics.record(calls.denied())
+    assert samples(metrics, "mcp_client_operation_duration_seconds_sum") == []
+    metrics.record(calls.allowed(outcome="upstream_error", rpc_error=(-32602, "")))
+    ((labels, taken),) = samples(metrics, "mcp_client_operation_duration_seconds_sum")
+    assert taken == 0.006
+    assert labels["error_type"] == labels["rpc_response_status_code"] == "-32602"
+    assert (labels["server_address"], labels["server_port"]) == ("tickets", "9000")
+
+
+def test_a_server_is_up_that_answered_the_last_request(metrics: Metrics) -> None:
+    def up() -> dict[str, float]:
+        return {labels["authz_server"]: n for labels, n in samples(metrics, "authz_upstream_up")}
+
+    metrics.record(calls.denied())
+    assert up() == {}
+    metrics.record(calls.allowed())
+    metrics.record(calls.allowed(server="desk", outcome="upstream_error", rpc_error=(-31502, "")))
+    metrics.record(calls.allowed(outcome="cancelled"))
+    assert up() == {"tickets": 1.0, "desk": 0.0}
+    metrics.record(calls.allowed(server="desk"))
+    assert up() == {"tickets": 1.0, "desk": 1.0}
+
+
 def test_dropped_spans_are_a_counter(metrics: Metrics) -> None:
     metrics.observe("authz.spans.dropped", lambda: 7)
     assert samples(metrics, "authz_spans_dropped_total") == [({}, 7.0)]
@@ -137,15 +214,15 @@ def test_only_what_is_in_the_table_can_be_observed(metrics: Metrics) -> None:
 
 def test_everything_that_is_emitted_is_in_the_table(metrics: Metrics) -> None:
     for each in METRICS:
-        if each.kind.startswith("observed"):
+        if each.kind.startswith("observed") and each.name != "authz.upstream.up":
             metrics.observe(each.name, lambda: 1)
     metrics.malformed("x")
     for call in flood(1):
         metrics.record(call)
     for each in METRICS:
-        base = each.name.replace(".", "_")
-        suffix = {"counter": "_total", "observed counter": "_total", "histogram": "_seconds_sum"}
-        found = samples(metrics, base + suffix.get(each.kind, ""))
+        suffix = {"counter": "_total", "observed counter": "_total", "histogram": "_sum"}
+        unit = "_seconds" if each.unit == "s" else ""
+        found = samples(metrics, each.name.replace(".", "_") + unit + suffix.get(each.kind, ""))
         assert found, each.name
         allowed = {label.replace(".", "_") for label in each.labels}
         assert {label for labels, _ in found for label in labels} <= allowed, each.name

@@ -274,3 +274,47 @@ def test_the_choice_is_not_to_be_foreseen_from_the_trace_id() -> None:
 
     assert chosen(one) == chosen(one)  # all calls of a trace, or none
     assert chosen(one) != chosen(other)  # two processes, two keys
+
+
+# ── An action that goes on with another ───────────────────────────────────────────────────────────
+
+
+def test_without_a_context_of_its_own_it_is_below_its_cause() -> None:
+    recording = Recording()
+    cause = recording.begin(sent(tracestate="vendor=1"))
+    again = recording.spans.begin(None, None, None, cause)
+    first, *_ = recording.record(calls.allowed(cause))
+    then, *_ = recording.record(calls.allowed(again))
+    assert ids(then)[0] == TRACE
+    assert parent(then) == ids(first)[1]
+    assert then.links == ()
+    assert again.to_upstream["tracestate"] == "vendor=1"
+
+
+def test_in_a_trace_of_its_own_it_has_its_cause_as_a_link() -> None:
+    recording = Recording()
+    cause = recording.begin()
+    again = recording.spans.begin(read_remote(sent()), None, None, cause)
+    first, *_ = recording.record(calls.allowed(cause))
+    then, *_ = recording.record(calls.allowed(again))
+    assert (ids(then)[0], parent(then)) == (TRACE, SPAN)
+    (link,) = then.links
+    assert (f"{link.context.trace_id:032x}", f"{link.context.span_id:016x}") == ids(first)
+
+
+def test_in_the_trace_of_its_cause_it_needs_no_link() -> None:
+    recording = Recording()
+    cause = recording.begin(sent())
+    again = recording.spans.begin(read_remote(sent()), None, None, cause)
+    then, *_ = recording.record(calls.allowed(again))
+    assert (parent(then), then.links) == (SPAN, ())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_it_is_exported_with_its_cause_or_not_at_all(ratio: float) -> None:
+    recording = Recording(ratio)
+    cause = recording.begin(sent())
+    again = recording.spans.begin(None, None, None, cause)
+    both = recording.record(calls.allowed(cause)), recording.record(calls.allowed(again))
+    assert [len(each) for each in both] == ([3, 3] if ratio else [0, 0])
+    assert again.to_opa["traceparent"][-2:] == ("01" if ratio else "00")
