@@ -96,7 +96,8 @@ class Relisting:
         self._judge = judge
         self._changed = 0
         self._shown: Bounded[Key, Shown] = Bounded(MAX_SHOWN)
-        self._subscriptions: dict[Call, Subscription] = {}
+        self._subscriptions: dict[Hashable, dict[Call, Subscription]] = defaultdict(dict)
+        self._subscribers: dict[Call, Hashable] = {}
         self._due: dict[Key, Shown] = {}
         self._news = asyncio.Event()
 
@@ -133,11 +134,17 @@ class Relisting:
             asked = {each.name for each in call.operation.targets if each.kind == "listing"}
             if call.request_id == meta.get(SUBSCRIPTION):
                 both = frozenset(each for each in families if f"{each}ListChanged" in asked)
-                self._subscriptions[call] = Subscription(conversation, call, both)
+                client = self._subscribers[call] = _client(conversation, call)
+                self._subscriptions[client][call] = Subscription(conversation, call, both)
 
     def release(self, call: Call) -> None:
         """A call is over; it may have been a subscription."""
-        self._subscriptions.pop(call, None)
+        if call not in self._subscribers:
+            return
+        client = self._subscribers.pop(call)
+        del self._subscriptions[client][call]
+        if not self._subscriptions[client]:
+            del self._subscriptions[client]
 
     def forget(self, conversation: Conversation) -> None:
         """A conversation is over."""
@@ -217,9 +224,8 @@ class Relisting:
         client, family = key[0], FAMILIES[key[1]]
         if isinstance(client, Conversation) and _declares(client, family) and client.tell:
             yield client.tell, None
-        for each in self._subscriptions.values():
-            mine = _client(each.conversation, each.call) == client
-            if mine and family in each.families and each.tell is not None:
+        for each in self._subscriptions.get(client, {}).values():
+            if family in each.families and each.tell is not None:
                 yield each.tell, each.params
 
 
