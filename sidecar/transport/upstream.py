@@ -28,6 +28,13 @@ from sidecar.transport.headers import ASSERTION
 
 CHUNK = 64 * 1024
 
+IDLE = 3.0
+"""Seconds that a connection is kept for the next request.
+
+Uvicorn and Node close theirs after 5. A request that meets the end of its connection can't be sent
+again (it may have executed), so ours has to be the first to let go.
+"""
+
 _PLAIN = re.compile(r"[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]*")
 """A reference that goes on as it is (RFC 3986); what else there is in others has to be quoted."""
 
@@ -77,7 +84,7 @@ class HttpUpstream:
         tracing = aiohttp.TraceConfig()
         tracing.on_request_chunk_sent.append(_sent)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=self._timeout,
             auto_decompress=False,

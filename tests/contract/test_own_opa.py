@@ -268,6 +268,8 @@ async def test_frozen_it_is_late_and_not_ready(settings: Opa) -> None:
     async with running(quick) as it:
         assert it.own.pid is not None
         os.kill(it.own.pid, signal.SIGSTOP)
+        opa = psutil.Process(it.own.pid)
+        await eventually(lambda: opa.status() == psutil.STATUS_STOPPED, within=2)
         began = time.monotonic()
         with pytest.raises(DecisionError) as caught:
             await it.client.decide({}, deadline=0.2, headers={})

@@ -98,7 +98,7 @@ def test_the_cluster_says_who_an_account_is(tmp_path: Path, opa_bin: Path) -> No
         left = "\n".join(cluster.front.process.lines) + metrics + cluster.audit.read_text("utf-8")
     assert done(cluster.log) == ["get_ticket"] * 3
     records = [json.loads(line) for line in cluster.audit.read_text("utf-8").splitlines()]
-    calls = [r for r in records if (r["type"], r["method"]) == ("decision", "tools/call")]
+    calls = [r for r in records if (r["type"], r.get("method")) == ("decision", "tools/call")]
     assert [[(each["type"], each["key"]) for each in r["chain"]] for r in calls] == [
         [("service", f"{CLUSTER}|support/bot")],
         [("agent", f"{CLUSTER}|agents/bot")],
