@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from difflib import get_close_matches
 from typing import NoReturn
@@ -11,7 +12,7 @@ from sidecar import __version__
 
 CONFIG_FAULT = 125
 
-LATER = ("shim", "inject", "uninject", "check-inject", "webhook", "policy", "audit", "tail")
+LATER = ("shim", "audit")
 """Commands that have a name and a place, and are not there yet."""
 
 DESCRIPTION = """\
@@ -25,6 +26,8 @@ examples:
   mcp-sidecar http --policy ./policy --listen 127.0.0.1:15801 -- python server.py
   mcp-sidecar check --policy ./policy
   mcp-sidecar pin --upstream http://127.0.0.1:8080/mcp > pins.json
+  mcp-sidecar tail --control /run/mcp-sidecar/control.sock --decision deny
+  mcp-sidecar inject -f deployment.yaml | kubectl apply -f -
 
 exit codes: 125 configuration or usage, 126 OPA or its policy unusable, else the wrapped command's
 """
@@ -32,6 +35,42 @@ OPTIONS_EPILOG = """\
 Every option may also be set in the file (--config) or as MCP_SIDECAR_<OPTION>; flags win over the
 environment, which wins over the file. OTEL_* variables configure the exporter as usual.
 """
+TAIL_DESCRIPTION = """\
+Show what a running sidecar decides, an action a line: when, the decision, who (and for whom), what,
+on which resource, what came of it, why, the rule and the policy's revision, and how long it took.
+A denial is shown at once, an allowed action when it has ended.
+
+The sidecar has to be started with --control PATH (or MCP_SIDECAR_CONTROL, which both understand).
+Only the user that runs it, and root, can watch. Names that callers choose are shown harmlessly.
+"""
+TAIL_EPILOG = """\
+examples:
+  mcp-sidecar tail --decision deny                    who is refused what, and why
+  mcp-sidecar tail --actor agent                      what agents do; also agent:support-*, or a key
+  mcp-sidecar tail --tool 'delete_*' -n 200           what was deleted lately, and goes on to be
+  mcp-sidecar tail --json | jq 'select(.type == "decision")'
+
+The records of --json are those of the audit file. Two belong to an action, by their decision_id.
+A line "… 12 records not shown" means that they came faster than they were read.
+
+exit codes: 130 interrupted, 1 the sidecar has ended, 125 there is none, or it can not be watched
+"""
+INJECT_EPILOG = """\
+examples:
+  mcp-sidecar inject -f deployment.yaml | kubectl apply -f -
+  kubectl get deployment tickets -o yaml | mcp-sidecar inject -f - --image registry/sidecar@sha256:…
+
+What is not injected stays as it is, byte for byte. When one pod is refused, nothing is written.
+"""
+BUILD_EPILOG = """\
+examples:
+  mcp-sidecar policy build ./policy -o configmap.yaml --namespace support
+  mcp-sidecar policy build ./policy -o bundle.tar.gz --signing-key key.pem --signing-alg ES256
+
+Tests (*_test.rego) stay behind. Data outside of `mcp` is refused: revocations are a bundle of their
+own (`mcp_revoked`).
+"""
+SIGNING = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512")
 LEGACY = "a path that ends in /sse means legacy HTTP+SSE"
 
 
@@ -64,6 +103,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     _add_http(modes)
     _add_check(modes)
     _add_pin(modes)
+    _add_tail(modes)
+    _add_policy(modes)
+    _add_injector(modes)
     _refuse_unknown_command(arguments, parser, tuple(modes.choices))
     options = parser.parse_args(arguments)
     options.command = command
@@ -130,6 +172,9 @@ def _add_check(modes: argparse._SubParsersAction[Parser]) -> None:
         "the settings that would be in force. Every problem is shown at once.",
         epilog=OPTIONS_EPILOG,
     )
+    parser.add_argument(
+        "--online", action="store_true", help="fetch the keys of every issuer too, over the network"
+    )
     _add_common(parser)
 
 
@@ -147,6 +192,93 @@ def _add_pin(modes: argparse._SubParsersAction[Parser]) -> None:
         "--check", metavar="FILE", help="say what is not as in this file of pins, and write none"
     )
     parser.add_argument("--token-file", metavar="FILE", help="a bearer token for the server at URL")
+
+
+def _add_tail(modes: argparse._SubParsersAction[Parser]) -> None:
+    parser = modes.add_parser(
+        "tail",
+        help="watch a running sidecar decide",
+        usage="mcp-sidecar tail [OPTIONS]",
+        description=TAIL_DESCRIPTION,
+        epilog=TAIL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--control", metavar="PATH", help="the sidecar's socket (default: $MCP_SIDECAR_CONTROL)"
+    )
+    parser.add_argument(
+        "--actor", metavar="GLOB", default="", help="type, TYPE:ID, id or key of who acts, or id "
+        "or key of the one it acts for",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tool", metavar="GLOB", default="", help="name of the tool or other target"
+    )
+    parser.add_argument("--decision", choices=("allow", "deny", "error"), default="")
+    parser.add_argument(
+        "-n", metavar="LAST", dest="last", type=_last, default=10,
+        help="begin with the last so many actions of the 200 that are kept (default: 10)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the records as they are, a line each")
+    parser.add_argument("--no-color", action="store_true", help="as $NO_COLOR does")
+
+
+def _add_policy(modes: argparse._SubParsersAction[Parser]) -> None:
+    parser = modes.add_parser("policy", help="make a policy ready for the OPA of a pod")
+    works = parser.add_subparsers(dest="work", required=True, metavar="WORK", parser_class=Parser)
+    build = works.add_parser("build", help="a bundle or a ConfigMap, checked and stamped",
+        description="Put the library and DIR together, check them as `check` does, stamp them with "
+        "a revision, and write a bundle or a ConfigMap with the root `mcp`.",
+        epilog=BUILD_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    build.add_argument("folder", metavar="DIR", help="the policy")
+    build.add_argument("-o", metavar="FILE", dest="output", required=True,
+        help="bundle.tar.gz, or configmap.yaml")  # fmt: skip
+    build.add_argument(
+        "--name", default="mcp-policy", help="the ConfigMap's (default: %(default)s)"
+    )
+    build.add_argument("--namespace", help="the ConfigMap's (default: whoever applies it)")
+    build.add_argument("--signing-key", metavar="FILE", help="PEM of the key that signs the bundle")
+    build.add_argument("--signing-alg", default="RS256", choices=SIGNING, help="RS256 unless set")
+    build.add_argument("--scope", help="the scope that OPA demands of the signature")
+
+
+def _add_injector(modes: argparse._SubParsersAction[Parser]) -> None:
+    inject = modes.add_parser("inject", help="put the sidecar into the pods of manifests",
+        description="Write the manifests with sidecar and OPA in every pod that does not say no.",
+        epilog=INJECT_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    uninject = modes.add_parser("uninject", help="take it out again",
+        description="Write the manifests as they were before `inject`, or before the webhook.",
+    )  # fmt: skip
+    why = modes.add_parser("check-inject", help="say why a pod is injected, or is not",
+        description="Say of every pod of the manifests whether the webhook injects it, and why.",
+        epilog="exit codes: 0 none is refused, 1 some are",
+    )  # fmt: skip
+    why.add_argument("--enabled", action="store_true",
+        help="as in a namespace with the label mcp-opa-sidecar.io/injection=enabled")  # fmt: skip
+    gate = modes.add_parser("await", help="wait until a URL of this pod answers with 200",
+        description="For the postStart hook of a container that others have to wait for.",
+        epilog="exit codes: 0 it does; 1 not in time")  # fmt: skip
+    gate.add_argument("url", metavar="URL", help="http://127.0.0.1:PORT/PATH")
+    gate.add_argument("--seconds", type=float, default=60.0, help="default: %(default)s")
+    served = modes.add_parser("webhook", help="serve the injector to the API server",
+        description="Serve the mutating and the validating admission controller over TLS. The "
+        "certificate is read again when it changes.",
+    )  # fmt: skip
+    served.add_argument("--listen", metavar="HOST:PORT", default="0.0.0.0:8443")
+    served.add_argument("--cert", metavar="FILE", required=True, help="PEM, with the chain")
+    served.add_argument("--key", metavar="FILE", required=True, help="PEM, without a password")
+    served.add_argument("--health", metavar="HOST:PORT", default="127.0.0.1:8081",
+        help="plain /healthz and /metrics (default: %(default)s)")  # fmt: skip
+    for each in (inject, uninject, why):
+        each.add_argument("-f", metavar="FILE", dest="file", required=True, help="- is stdin")
+    for each in (inject, why, served):
+        each.add_argument("--config", metavar="FILE", help="YAML: what is injected")
+        each.add_argument("--image", metavar="IMAGE", help="of sidecar and OPA")
+
+
+def _last(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,3}", text):
+        raise argparse.ArgumentTypeError("0 to 999")
+    return int(text)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +301,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--audit",
         metavar="FILE",
         help="append decision and outcome records; `-` is stdout of http, stderr of stdio",
+    )
+    parser.add_argument(
+        "--control", metavar="PATH", help="unix socket for `mcp-sidecar tail`, for this user alone"
     )
     parser.add_argument("--otlp", metavar="URL", help="send spans to this OTLP collector")
     parser.add_argument(

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +25,32 @@ if TYPE_CHECKING:
 
 POLICY_FAULT = 126
 
+COMMANDS = {
+    "pin": ("pinning", "pin"),
+    "tail": ("tailing", "tail"),
+    "inject": ("injecting", "inject"),
+    "uninject": ("injecting", "uninject"),
+    "check-inject": ("injecting", "check_inject"),
+    "webhook": ("admitting", "webhook"),
+    "await": ("awaiting", "await_url"),
+    "policy": ("building", "policy"),
+}
+"""Commands with options of their own, each in a module that is imported when it is asked for."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse(arguments)
     try:
-        if options.mode == "pin":
-            from sidecar.cli.pinning import pin
-
-            return run(pin(options))
-        work: Command = {"stdio": serve_stdio, "http": serve_http, "check": check}[options.mode]
+        command = COMMANDS.get(options.mode)
+        if command is not None:
+            module, name = command
+            done = getattr(import_module(f"sidecar.cli.{module}"), name)(options)
+            return run(done) if isinstance(done, Coroutine) else int(done)
+        checking = partial(check, online=options.mode == "check" and options.online)
+        modes: dict[str, Command] = {"stdio": serve_stdio, "http": serve_http, "check": checking}
+        work = modes[options.mode]
         return run(work(_settings(options)))
     except ConfigError as error:
         for problem in (*error.problems, *_policy_problems(options)):

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
 from sidecar.config import Listen
 from sidecar.protocol.jsonrpc import JsonObject
+from sidecar.transport.app_health import AppProbe, is_well
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def serve_admin(
-    listen: Listen, readiness: Callable[[], JsonObject], metrics: Callable[[], bytes]
+    listen: Listen,
+    readiness: Callable[[], JsonObject],
+    metrics: Callable[[], bytes],
+    probes: Mapping[str, AppProbe],
 ) -> tuple[web.AppRunner, tuple[str, int]]:
     """Serve `/livez`, `/readyz` and `/metrics`; the runner to be cleaned up, and the bound address.
 
-    `readiness` gives the body of `/readyz`, whose `ready` makes it 200 or 503.
+    `readiness` gives the body of `/readyz`, whose `ready` makes it 200 or 503. `probes` are those
+    of the server that are asked here, by their paths.
 
     Raises:
         OSError: the address can not be had.
@@ -37,7 +42,13 @@ async def serve_admin(
     async def show_metrics(request: web.Request) -> web.Response:
         return web.Response(body=metrics(), headers={"Content-Type": METRICS_TYPE})
 
+    async def app_health(request: web.Request) -> web.Response:
+        well = await is_well(probes[request.path])
+        return web.Response(status=200 if well else 503, text="ok\n" if well else "not well\n")
+
     application = web.Application(client_max_size=0)
+    for path in probes:
+        application.router.add_get(path, app_health)
     application.router.add_get("/livez", livez)
     application.router.add_get("/readyz", readyz)
     application.router.add_get("/metrics", show_metrics)

@@ -155,6 +155,22 @@ def watches(newcomer: Newcomer, command: str) -> None:
                 assert b"tickets/nonsense" in watcher.stdout.readline()
 
 
+def builds(newcomer: Newcomer, command: str) -> None:
+    file = newcomer.folder / "policy.yaml"
+    done = newcomer.run(newcomer.sidecar(command.replace("policy.yaml", str(file))))
+    assert done.returncode == 0, done.stderr
+    assert "kind: ConfigMap" in file.read_text()
+
+
+def injects(newcomer: Newcomer, command: str) -> None:
+    deployment = ROOT / "k8s" / "examples" / "before.yaml"
+    command = command.partition(" >")[0].replace("deployment.yaml", str(deployment))
+    done = newcomer.run(newcomer.sidecar(command))
+    assert done.returncode == 0, done.stderr
+    expected = "injected: mode front" if "check-inject" in command else "name: mcp-sidecar"
+    assert expected in done.stdout
+
+
 PIN = "mcp-sidecar pin --upstream http://127.0.0.1:8080/mcp > pins.json"
 RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "make demo": make_target,  # run by test_demo.py
@@ -172,6 +188,10 @@ RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "--upstream http://127.0.0.1:8080/mcp": bridges,
     "mcp-sidecar http --config sidecar.yaml --otlp http://localhost:4318": listens,
     PIN: pins,
+    "mcp-sidecar policy build ./policy -o policy.yaml --namespace support": builds,
+    "mcp-sidecar inject -f deployment.yaml "
+    "--image registry.example.com/mcp-opa-sidecar:0.1.0 > injected.yaml": injects,
+    "mcp-sidecar check-inject -f deployment.yaml --enabled": injects,
     "mcp-sidecar tail --decision deny": watches,
     "mcp-sidecar pin --check pins.json --upstream http://127.0.0.1:8080/mcp": pins,
 }

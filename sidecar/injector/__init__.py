@@ -1,0 +1,20 @@
+"""The sidecar's way into a pod. One pure function, `plan`, under every face.
+
+::
+
+    plan        plan(pod, namespace, injection) -> pod: idempotent; refuses with a reason
+      ├── wishes      what labels and annotations ask for: a Wish, or the reason why it is none
+      ├── walls       what a pod may not bring, since it would lead around the sidecar
+      ├── containers  ours: sidecar and OPA, and their volumes
+      ├── probes      the kubelet's questions to a server that only answers on loopback
+      └── changes     what is changed of others', and how it is taken back
+    verify      whether a pod, as somebody wants to have it, is what a plan makes of some pod
+    admission   reviews of the API server, answered by both; `patch` says what changed
+      └── webhook     the same, served
+    manifests   streams of YAML, of which only what is injected changes a byte
+      └── workloads   where the pods are in a Deployment, a CronJob, a List
+    injection   the settings: what is injected, and what only the operator may choose
+
+Pods are the plain JSON of the API. What is injected already is never believed for its name or an
+annotation: it is taken off, planned anew and compared.
+"""

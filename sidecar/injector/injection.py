@@ -1,0 +1,105 @@
+"""What is injected. Only the operator of the cluster chooses this: no pod can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sidecar.config.readers import Problems, Record, a_value, number, one_of, text
+from sidecar.errors import ConfigError
+
+Json = dict[str, Any]
+
+PREFIX = "mcp-opa-sidecar.io/"
+
+ADMIN_PORT = 15820
+OPA_PORT = 15821
+"""OPA's `/health` and `/metrics`, for the kubelet, which can not ask a socket."""
+
+RESERVED_PORTS = frozenset({15801, ADMIN_PORT, OPA_PORT})
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What counts of the namespace that a pod is to live in."""
+
+    name: str = "default"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+def _resources(cpu: str, memory: str, most: str) -> Json:
+    return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": most}}
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """The settings of the injector, field by field."""
+
+    image: str = "mcp-opa-sidecar:latest"  # sidecar and OPA; by digest in production
+    pull_policy: str = "IfNotPresent"
+    native: bool = True  # native sidecars (every node 1.29 or later), else ordered containers
+    sidecar_id: int = 20001  # uid and gid; of nobody else in the pod
+    opa_id: int = 20002  # uid; its gid is the sidecar's, which so can use its socket
+    # OPA asks `system.authz` about each request: a second wall. Off, since its socket is the
+    # sidecar's alone, and a decision would cost it a third more CPU (0.7 ms to 0.93: measured).
+    opa_authorization: bool = False
+    policy: str = "mcp-policy"  # ConfigMap of the pod's namespace, as `policy build` writes it
+    config: str | None = None  # ConfigMap of the pod's namespace with the sidecar's `config.yaml`
+    otlp: str | None = None  # base URL of the collector
+    sidecar_resources: Mapping[str, Any] = field(
+        default_factory=lambda: _resources("50m", "96Mi", "384Mi")
+    )
+    opa_resources: Mapping[str, Any] = field(
+        default_factory=lambda: _resources("50m", "64Mi", "256Mi")
+    )
+
+    def __post_init__(self) -> None:
+        if self.sidecar_id == self.opa_id:
+            raise ValueError(
+                "sidecar_id and opa_id have to differ: OPA's socket is not the server's"
+            )
+
+
+def read(document: Any) -> Injection:
+    """The settings of a file: a mapping of the fields above, each as its default is.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    problems = Problems()
+    found = problems.read(FIELDS, {} if document is None else document, "")
+    if found is None:
+        said = [(where.lstrip("."), bad) for where, bad in problems]
+        raise ConfigError([f"{where}: {bad}" if where else str(bad) for where, bad in said])
+    return cast("Injection", found)
+
+
+_QUANTITY = r"[0-9]+(\.[0-9]+)?([EPTGMK]i|[EPTGMkmun])?"
+
+_name = text("the name of a ConfigMap", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_id = number(1, 2**31 - 1, int)
+_flag = a_value("true or false", lambda value: isinstance(value, bool))
+_quantity = text("a quantity such as 50m or 96Mi", _QUANTITY)
+_amounts = Record({"cpu": _quantity, "memory": _quantity}, (), dict)
+_limits = Record({"requests": _amounts, "limits": _amounts}, (), dict)
+
+FIELDS = Record(
+    {
+        "image": text("an image, with a tag or digest", r"[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,511}"),
+        "pull_policy": one_of("Always", "IfNotPresent", "Never"),
+        "native": _flag,
+        "sidecar_id": _id,
+        "opa_id": _id,
+        "opa_authorization": _flag,
+        "policy": _name,
+        "config": _name,
+        "otlp": text("an http(s) URL", r"https?://[^\s\"']{1,512}"),
+        "sidecar_resources": _limits,
+        "opa_resources": _limits,
+    },
+    (),
+    Injection,
+)
+"""What each field may be."""

@@ -1,0 +1,184 @@
+"""What a pod becomes, whatever its shape: others lose nothing, and planning again does nothing."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.errors import InjectionRefused
+from sidecar.injector.changes import restore
+from sidecar.injector.injection import Injection, Json, Namespace
+from sidecar.injector.plan import plan
+from sidecar.injector.verify import verify_new
+from sidecar.injector.walls import NAMES
+from tests.support import pods
+from tests.support.pods import ENABLED, annotated, container, containers, pod
+
+NATIVE, ORDERED = Injection(), Injection(native=False)
+INJECTIONS = st.sampled_from(
+    [NATIVE, ORDERED, Injection(config="mcp-config", otlp="http://c:4318")]
+)
+
+
+@given(pods.shapes(), INJECTIONS)
+def test_planning_again_changes_nothing(found: Json, injection: Injection) -> None:
+    before = deepcopy(found)
+    once = plan(found, ENABLED, injection)
+    assert found == before
+    assert plan(once, ENABLED, injection) == once
+
+
+@given(pods.shapes(), INJECTIONS)
+def test_taking_off_gives_the_pod_back(found: Json, injection: Injection) -> None:
+    assert restore(plan(found, ENABLED, injection)) == found
+
+
+@given(pods.shapes(), INJECTIONS, INJECTIONS)
+def test_another_injector_s_pod_comes_out_as_this_one_s(
+    found: Json, other: Injection, injection: Injection
+) -> None:
+    elsewhere = plan(found, ENABLED, other)
+    assert plan(elsewhere, ENABLED, injection) == plan(found, ENABLED, injection)
+
+
+@given(pods.shapes(), INJECTIONS)
+def test_the_validator_accepts_a_plan(found: Json, injection: Injection) -> None:
+    verify_new(plan(found, ENABLED, injection), ENABLED, injection)
+
+
+@given(pods.shapes(), INJECTIONS)
+def test_ours_are_restricted_and_first(found: Json, injection: Injection) -> None:
+    planned = plan(found, ENABLED, injection)
+    ours = [each for each in containers(planned) if each["name"] in NAMES]
+    assert [each["name"] for each in ours] == list(NAMES)
+    assert [pods.breaks_restricted(each) for each in ours] == [[], []]
+    kind = "initContainers" if injection.native else "containers"
+    assert planned["spec"][kind][:2] == ours
+
+
+@given(pods.shapes(), INJECTIONS)
+def test_others_keep_all_but_variables_and_probes(found: Json, injection: Injection) -> None:
+    planned = plan(found, ENABLED, injection)
+    touched = {"env", "livenessProbe", "readinessProbe", "startupProbe"}
+    for each in containers(found):
+        now = container(planned, each["name"])
+        assert _without(now, touched) == _without(each, touched)
+        if each["name"] != "app":
+            assert now.get("env") == each.get("env")
+
+
+@given(pods.shapes())
+def test_only_we_mount_what_is_ours(found: Json) -> None:
+    planned = plan(found, ENABLED, NATIVE)
+    mounts = {
+        each["name"]: {mount["name"] for mount in each.get("volumeMounts") or ()}
+        for each in containers(planned)
+    }
+    for name, names in mounts.items():
+        assert name in NAMES or not any(each.startswith("mcp-opa-sidecar-") for each in names)
+    assert "mcp-opa-sidecar-opa" in mounts["mcp-opa"] & mounts["mcp-sidecar"]
+
+
+def test_the_server_is_told_to_listen_on_loopback() -> None:
+    env = [{"name": "A", "value": "1"}, {"name": "MCP_HOST", "value": "0.0.0.0"}]
+    planned = plan(annotated(pod({"env": env}), host_env="BIND, HOST"), ENABLED, NATIVE)
+    said = {each["name"]: each["value"] for each in container(planned, "app")["env"]}
+    loopback = dict.fromkeys(["MCP_HOST", "FASTMCP_HOST", "BIND", "HOST"], "127.0.0.1")
+    assert said == {"A": "1", **loopback}
+
+
+def test_the_sidecar_takes_the_server_s_port_on_the_pod_s_address() -> None:
+    arguments = container(plan(pod(), ENABLED, NATIVE), "mcp-sidecar")["args"]
+    assert "--listen=$(POD_IP):8080" in arguments
+    assert "--upstream=http://127.0.0.1:8080/mcp" in arguments
+
+
+@pytest.mark.parametrize("injection", [NATIVE, ORDERED])
+def test_ordered_containers_have_a_gate_and_native_ones_are_native(injection: Injection) -> None:
+    planned = plan(pod(), ENABLED, injection)
+    ours = [container(planned, name) for name in NAMES]
+    assert all((each.get("restartPolicy") == "Always") is injection.native for each in ours)
+    assert all(("lifecycle" in each) is not injection.native for each in ours)
+
+
+LABEL = "mcp-opa-sidecar.io/inject"
+
+
+@pytest.mark.parametrize(
+    ("label", "namespace", "injected"),
+    [
+        pytest.param(None, ENABLED, True, id="namespace"),
+        pytest.param("true", Namespace("a"), True, id="pod"),
+        pytest.param("false", ENABLED, False, id="the pod says no"),
+        pytest.param("yes", Namespace("a"), False, id="not a label of ours"),
+        pytest.param(None, Namespace("a"), False, id="nobody asks"),
+        pytest.param(None, Namespace("a", {"mcp-opa-sidecar.io/injection": "on"}), False, id="on"),
+        pytest.param("true", Namespace("kube-system"), False, id="kube-system"),
+    ],
+)
+def test_labels_decide(label: str | None, namespace: Namespace, injected: bool) -> None:
+    found = pod()
+    if label is not None:
+        found["metadata"]["labels"][LABEL] = label
+    planned = plan(found, namespace, NATIVE)
+    assert (planned != found) is injected
+
+
+def test_a_label_that_nobody_can_mean_is_refused_where_pods_are_injected() -> None:
+    found = pod()
+    found["metadata"]["labels"][LABEL] = "flase"
+    with pytest.raises(InjectionRefused, match="neither"):
+        plan(found, ENABLED, NATIVE)
+
+
+def test_the_default_container_stays_the_one_that_was_named() -> None:
+    name = "kubectl.kubernetes.io/default-container"
+    assert plan(pod(), ENABLED, NATIVE)["metadata"]["annotations"][name] == "app"
+    found = pod()
+    found["metadata"]["annotations"] = {name: "other"}
+    assert plan(found, ENABLED, NATIVE)["metadata"]["annotations"][name] == "other"
+
+
+NOTE: Json = {"version": 1, "containers": {}, "empty": {}, "default_container": True}
+VARIABLE_OF_TEXT = {"app": {"env": {"empty": {}, "variables": {"A": "x"}}}}
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("{}", id="nothing in it"),
+        pytest.param("[]", id="a list"),
+        pytest.param("\ud800", id="no text"),
+        pytest.param(json.dumps({**NOTE, "version": 2}), id="a later version"),
+        pytest.param(json.dumps({**NOTE, "default_container": 1}), id="a number"),
+        pytest.param(json.dumps({**NOTE, "containers": []}), id="a list of containers"),
+        pytest.param(json.dumps({**NOTE, "containers": VARIABLE_OF_TEXT}), id="variable of text"),
+        pytest.param(
+            json.dumps({**NOTE, "containers": {"app": {"probes": {"livenessProbe": "x"}}}}),
+            id="a probe of text",
+        ),
+        pytest.param(json.dumps({**NOTE, "empty": {"volumes": [{}]}}), id="full where empty"),
+        pytest.param('{"version":1,' + json.dumps(NOTE)[1:], id="a key twice"),
+    ],
+)
+def test_a_status_that_is_not_ours_is_refused(status: str) -> None:
+    with pytest.raises(InjectionRefused, match="status"):
+        plan(annotated(pod(), status=status), ENABLED, NATIVE)
+
+
+def test_a_forged_note_gets_nothing_past_the_plan() -> None:
+    probe = {"httpGet": {"port": 8080}}
+    forged = {**NOTE, "containers": {"app": {"probes": {"livenessProbe": probe, "image": {}}}}}
+    planned = plan(annotated(pod(), status=json.dumps(forged)), ENABLED, NATIVE)
+    assert container(planned, "app")["image"] == "tickets:1"
+    assert container(planned, "app")["livenessProbe"]["httpGet"]["port"] == 15820
+
+
+def _without(found: Json, names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name not in names}
