@@ -1,6 +1,6 @@
 # Everything works from a fresh clone with nothing set up. What it installs is in .venv and in ~/.cache/mcp-opa-sidecar.
-# Variables: PYTHON (interpreter for .venv), OTLP (collector's address, for demo), SECONDS (how long to fuzz), ARGS (more
-# arguments for pytest, demo, fuzz, bench).
+# Variables: PYTHON (interpreter for .venv), OTLP (collector's address, for demo), JAEGER=1 (Jaeger, for demo), SECONDS
+# (how long to fuzz), ARGS (more arguments for pytest, demo, fuzz, bench).
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -9,21 +9,27 @@ PY    := .venv/bin/python
 READY := .venv/.ready
 export PYTHON
 export STEPS := 3
-test: export STEPS := 4
+test: export STEPS := 7
 
 # The path of the OPA to use, installed if need be, as MCP_SIDECAR_OPA_BIN of the commands that follow.
 WITH_OPA = MCP_SIDECAR_OPA_BIN=$$(STEP="[3/$$STEPS]" .ci/install-opa) && export MCP_SIDECAR_OPA_BIN &&
 
-.PHONY: help setup demo check lint types layers policy unit test fuzz bench fmt clean moved
+.PHONY: help setup demo jaeger check lint types layers policy unit test test-cluster fuzz bench fmt clean moved
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## the virtual environment (.venv) and OPA, nothing else
 	@$(WITH_OPA) echo "Ready: .venv/bin/mcp-sidecar, with OPA at $$MCP_SIDECAR_OPA_BIN"
 
-demo: $(READY) ## sets everything up, then runs the main job on a real MCP server (OTLP=http://localhost:4318 sends the traces)
-	@$(WITH_OPA) exec $(PY) -m tests.demo $(if $(OTLP),--otlp '$(OTLP)') $(ARGS)
+demo: $(READY) ## sets everything up, then runs the main job on a real MCP server (JAEGER=1: traces in Jaeger; OTLP=URL: there)
+	@$(WITH_OPA) $(if $(JAEGER),JAEGER_BIN=$$(.ci/install-jaeger) &&) \
+		exec $(PY) -m tests.demo $(if $(JAEGER),--jaeger "$$JAEGER_BIN") $(if $(OTLP),--otlp '$(OTLP)') $(ARGS)
+
+jaeger: ## Jaeger on loopback until Ctrl-C (http://127.0.0.1:16686, spans to http://localhost:4318)
+	@JAEGER_BIN=$$(.ci/install-jaeger) && \
+		echo "Jaeger: http://127.0.0.1:$${JAEGER_HTTP_PORT:-16686}, spans to :$${JAEGER_OTLP_HTTP_PORT:-4318}; Ctrl-C ends it" && \
+		exec "$$JAEGER_BIN" --config .ci/jaeger.yaml
 
 check: lint types layers policy unit ## format, lint, types, layers, policies and unit tests, in about a minute
 
@@ -43,9 +49,16 @@ policy: $(READY) ## … opa fmt, check, test and coverage
 unit: $(READY) ## … the tests that do no I/O
 	@$(PY) -m pytest tests/unit --quiet $(ARGS)
 
-test: $(READY) ## sets everything up, then runs every test, and says what ran
+test: $(READY) ## sets everything up, then runs every test but those of test-cluster, and says what ran
 	@STEP="[4/$$STEPS]" .ci/install-node-parts >/dev/null || :
-	@$(WITH_OPA) exec $(PY) -m pytest $(ARGS)
+	@STEP="[5/$$STEPS]" .ci/install-jaeger >/dev/null || :
+	@STEP="[6/$$STEPS]" .ci/install-prometheus >/dev/null || :
+	@STEP="[7/$$STEPS]" .ci/install-collector >/dev/null || :
+	@$(WITH_OPA) exec $(PY) -m pytest --ignore=tests/cluster $(ARGS)
+
+test-cluster: $(READY) ## sets everything up, then runs the injector's tests on a real API server (built once: about 10 minutes)
+	@STEP="[3/3]" .ci/install-cluster >/dev/null || :
+	@exec $(PY) -m pytest tests/cluster $(ARGS)
 
 SECONDS := 600
 fuzz: $(READY) ## searches longer for bytes that break the readers (SECONDS=600); what it learned stays in ~/.cache/mcp-opa-sidecar

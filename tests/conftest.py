@@ -1,9 +1,9 @@
 """What every test can rely on.
 
-Real parts (OPA, Node) are looked up, never installed here: ``make test`` does that. One that is not
-there skips its tests with a reason that begins with ``missing:``; with ``CI=true`` such a skip is a
-failure. Tests in ``tests/unit`` do no I/O: starting a process or connecting fails them, also where
-the code under test swallows the error.
+Real parts (OPA, Jaeger, …) are looked up, never installed here: ``make test`` does that. One that
+is not there skips its tests with a reason that begins with ``missing:``; with ``CI=true`` such a
+skip is a failure. Tests in ``tests/unit`` do no I/O: starting a process or connecting fails them,
+also where the code under test swallows the error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("unit", "contract", "e2e", "bench")
+FOLDERS = ("unit", "contract", "e2e", "bench", "cluster")
 MISSING = "missing:"
 
 hypothesis_settings.register_profile("fast", max_examples=50, deadline=None)
@@ -59,6 +59,30 @@ def require(part: str, found: Path | None, mend: str) -> Path:
 def opa_bin() -> Path:
     """The path of an OPA that can be used."""
     return require("OPA", _find("install-opa"), "make setup")
+
+
+@pytest.fixture(scope="session")
+def jaeger_bin() -> Path:
+    """The path of a Jaeger that can be used."""
+    return require("Jaeger", _find("install-jaeger"), "make jaeger")
+
+
+@pytest.fixture(scope="session")
+def prometheus_bin() -> Path:
+    """The folder of a ``prometheus`` and a ``promtool``."""
+    return require("Prometheus", _find("install-prometheus"), "make test")
+
+
+@pytest.fixture(scope="session")
+def collector_bin() -> Path:
+    """The path of an OpenTelemetry Collector with the parts that ours is configured to have."""
+    return require("the OpenTelemetry Collector", _find("install-collector"), "make test")
+
+
+@pytest.fixture(scope="session")
+def cluster_parts() -> Path:
+    """The folder of a control plane (etcd, API server, controller manager) and its kubectl."""
+    return require("the Kubernetes control plane", _find("install-cluster"), "make test-cluster")
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +205,10 @@ def _real_parts() -> Iterator[str]:
         answer = subprocess.run([opa, "version"], capture_output=True, text=True, check=False)
         version = re.search(r"^Version: *(\S+)", answer.stdout, re.MULTILINE)
         yield f"OPA {version[1] if version else '(unknown version)'} at {opa}"
+    yield f"Jaeger at {_find('install-jaeger') or 'no place'}"
+    yield f"Prometheus at {_find('install-prometheus') or 'no place'}"
+    yield f"OpenTelemetry Collector at {_find('install-collector') or 'no place'}"
+    yield f"Kubernetes control plane at {_find('install-cluster') or 'no place'}"
     node = shutil.which("node")
     if node is None:
         yield "Node: not here"

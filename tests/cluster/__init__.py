@@ -1,0 +1,1 @@
+"""The injector on a real API server, registered as its manifests register it."""
