@@ -25,7 +25,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-HARMLESS = {"initialize", "ping", "tools/list", "server/discover"}
+HARMLESS = {
+    *("initialize", "ping", "server/discover"),
+    # What the sidecar asks for as a client of its own, to know what there is.
+    *("tools/list", "resources/list", "resources/templates/list", "prompts/list"),
+}
 LONG = 80 * 1000 * 1000
 MODERN_KEY = "io.modelcontextprotocol/protocolVersion"
 ELSEWHERE = "/elsewhere"
