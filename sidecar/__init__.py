@@ -21,9 +21,10 @@ not understood) is a deny.
 
 Layers, top to bottom, each knowing only those below (import-linter checks it)::
 
-    cli  >  feed  >  transport | opa | keys | telemetry | audit | logs  >  pipeline | config
-         >  rechecking | relisting  >  learning | judging | limits | recording
-         >  conversation  >  offers  >  policy  >  protocol  >  errors
+    cli  >  feed  >  transport | opa | keys | telemetry | audit | logs | injector
+         >  pipeline | config | reviewing  >  rechecking | relisting
+         >  learning | judging | limits | recording  >  conversation  >  offers
+         >  policy  >  protocol  >  errors
 """
 
 __version__ = "0.1.0"
