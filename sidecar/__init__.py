@@ -23,7 +23,7 @@ Layers, top to bottom, each knowing only those below (import-linter checks it)::
 
     cli  >  feed  >  transport | opa | keys | telemetry | audit | logs | injector
          >  pipeline | config | reviewing  >  rechecking | relisting
-         >  learning | judging | limits | recording  >  conversation  >  offers
+         >  due | learning | judging | limits | recording  >  conversation  >  offers
          >  policy  >  protocol  >  errors
 """
 

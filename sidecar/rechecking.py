@@ -14,12 +14,13 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
 
 from sidecar.conversation import Call, Conversation, End, Origin, decision_id
+from sidecar.due import Due, few_at_a_time
 from sidecar.errors import Unauthenticated
 from sidecar.judging import Judge
 from sidecar.policy import enforcement
@@ -34,9 +35,6 @@ log = logging.getLogger("sidecar.pipeline")
 
 AT_ONCE = 8
 """Questions at a time."""
-
-AGAIN = 0.5
-"""Seconds before what got no decision is asked again."""
 
 TO_CLOSE = 1.0
 """Seconds that a client and its server have to take the end of a call."""
@@ -115,8 +113,7 @@ class Rechecking:
         self._lag = int(lag * 1e9)
         self._changed = 0
         self._held: dict[Call | Conversation, Held] = {}
-        self._due: dict[Held, None] = {}
-        self._news = asyncio.Event()
+        self._due: Due[Held, None] = Due()
         self._closing: set[asyncio.Task[None]] = set()
         self._expiring: dict[Call | Conversation, asyncio.TimerHandle] = {}
 
@@ -172,8 +169,7 @@ class Rechecking:
                 left, self._expire, held
             )
         if not held.in_flight and held.call.received < self._changed + self._lag:
-            self._due[held] = None
-            self._news.set()
+            self._due.add({held: None})
 
     def _is_open(self, held: Held) -> bool:
         return self._held.get(held.key) is held
@@ -183,39 +179,31 @@ class Rechecking:
     def change(self) -> None:
         """The policy or its data is not what it was: everything is to be asked about."""
         self._changed = time.time_ns()
-        self._due.update(dict.fromkeys(self._held.values()))
-        self._news.set()
+        self._due.add(dict.fromkeys(self._held.values()))
 
     async def step(self) -> None:
         """Wait until something is due, and ask about it; to be done for as long as we live."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(AGAIN if self._due else None):
-                await self._news.wait()
+        await self._due.wait()
         await self.sweep()
 
     async def sweep(self) -> None:
         """Ask once about all that is due; what got no decision stays due."""
-        self._news.clear()
-        due, self._due = self._due, {}
+        due = self._due.take()
         for kind in Kind:
             alike: dict[Hashable, list[Held]] = defaultdict(list)
             for held in due:
                 if held.kind is kind:
                     alike[held.question].append(held)
-            groups = iter(alike.values())
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(min(AT_ONCE, len(alike))):
-                    tasks.create_task(self._ask_each(groups))
+            await few_at_a_time(alike.values(), AT_ONCE, self._try)
             if self._closing:
                 await asyncio.wait(set(self._closing))
 
-    async def _ask_each(self, groups: Iterator[list[Held]]) -> None:
-        for group in groups:
-            try:
-                await self._ask(group)
-            except Exception:
-                log.exception("what is open could not be asked about")
-                self._due.update(dict.fromkeys(group))
+    async def _try(self, group: list[Held]) -> None:
+        try:
+            await self._ask(group)
+        except Exception:
+            log.exception("what is open could not be asked about")
+            self._due.put_back(dict.fromkeys(group))
 
     async def _ask(self, group: list[Held]) -> None:
         """Ask about the first of those that are alike, and end all of them if that is so."""
@@ -227,7 +215,7 @@ class Rechecking:
         if refusal is None:
             return
         if refusal.verdict == "error":
-            self._due.update(dict.fromkeys(still))
+            self._due.put_back(dict.fromkeys(still))
             return
         revoked = asked.decision is not None and asked.decision.revoked
         if revoked or still[0].kind is Kind.STREAM:

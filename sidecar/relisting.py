@@ -15,10 +15,10 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from sidecar.conversation import Call, Conversation, Tell
+from sidecar.due import Due, few_at_a_time
 from sidecar.errors import DecisionError
 from sidecar.judging import Judge
 from sidecar.offers import FAMILIES, LISTINGS
@@ -34,9 +34,6 @@ MAX_SHOWN = 10_000
 
 AT_ONCE = 4
 """Questions at a time."""
-
-AGAIN = 0.5
-"""Seconds before what got no decision is asked again."""
 
 TO_TELL = 1.0
 """Seconds that a client has to take a notification."""
@@ -98,8 +95,7 @@ class Relisting:
         self._shown: Bounded[Key, Shown] = Bounded(MAX_SHOWN)
         self._subscriptions: dict[Hashable, dict[Call, Subscription]] = defaultdict(dict)
         self._subscribers: dict[Call, Hashable] = {}
-        self._due: dict[Key, Shown] = {}
-        self._news = asyncio.Event()
+        self._due: Due[Key, Shown] = Due()
 
     # ------------------------------------------------------------------ what is remembered
 
@@ -121,8 +117,7 @@ class Relisting:
         page = Shown(conversation, call, listing.kind, names, following)
         self._shown.remember(key, page)
         if following is None and call.asked < self._changed:
-            self._due[key] = page
-            self._news.set()
+            self._due.add({key: page})
 
     def subscribed(self, conversation: Conversation, params: JsonObject) -> None:
         """A server has acknowledged a subscription, or a part of what it asks for."""
@@ -156,37 +151,29 @@ class Relisting:
     def change(self) -> None:
         """The policy or its data is not what it was."""
         self._changed = time.time_ns()
-        self._due.update((key, each) for key, each in self._shown.items() if each.cursor is None)
-        self._news.set()
+        self._due.add({key: each for key, each in self._shown.items() if each.cursor is None})
 
     async def step(self) -> None:
         """Wait until something is due, and ask about it; to be done for as long as we live."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(AGAIN if self._due else None):
-                await self._news.wait()
+        await self._due.wait()
         await self.sweep()
 
     async def sweep(self) -> None:
         """Ask once about all that is due; what got no decision stays due."""
-        self._news.clear()
-        due, self._due = self._due, {}
+        due = self._due.take()
         alike: dict[Hashable, dict[Key, Shown]] = defaultdict(dict)
         for key, shown in due.items():
             if any(self._listeners(key)):
                 alike[shown.question][key] = shown
-        groups = iter(alike.values())
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(AT_ONCE, len(alike))):
-                tasks.create_task(self._ask_each(groups))
+        await few_at_a_time(alike.values(), AT_ONCE, self._try)
 
-    async def _ask_each(self, groups: Iterator[dict[Key, Shown]]) -> None:
-        for group in groups:
-            try:
-                await self._ask(group)
-            except DecisionError:
-                self._due = {**group, **self._due}
-            except Exception:
-                log.exception("what clients were shown could not be asked about")
+    async def _try(self, group: dict[Key, Shown]) -> None:
+        try:
+            await self._ask(group)
+        except DecisionError:
+            self._due.put_back(group)
+        except Exception:
+            log.exception("what clients were shown could not be asked about")
 
     async def _ask(self, group: dict[Key, Shown]) -> None:
         """Ask about the first of those that are alike, and tell all for whom it is another."""

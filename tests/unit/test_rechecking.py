@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sidecar import rechecking
+from sidecar import due, rechecking
 from sidecar.conversation import Call, Conversation, Origin
 from sidecar.errors import DecisionUnavailable, UpstreamError
 from sidecar.policy import identity
@@ -363,7 +363,7 @@ async def test_what_is_over_is_not_kept(end: Callable[[Opened], Any]) -> None:
 async def test_what_got_no_decision_is_asked_again_until_there_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rechecking, "AGAIN", 0.001)
+    monkeypatch.setattr(due, "AGAIN", 0.001)
     opened = Opened()
     await opened.all()
     await opened.change(LATE)
