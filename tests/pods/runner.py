@@ -209,7 +209,7 @@ class Member:
         self._thread.start()
 
     def end(self, deadline: float) -> None:
-        """Ask it to end, and see to it that it has by the deadline."""
+        """Ask it to end, see to it that it has by the deadline, and that its end is on record."""
         container = self.container
         if container is not None and container.code is None:
             hook = (self._spec.get("lifecycle") or {}).get("preStop")
@@ -219,6 +219,8 @@ class Member:
             container.signal(signal.SIGTERM)
             if not container.wait(deadline - time.monotonic()):
                 container.kill()
+        if self.begun:
+            self._thread.join()
 
     def kill(self) -> None:
         """End it now, whatever it does."""
