@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from difflib import get_close_matches
+from ipaddress import ip_address
 from typing import NoReturn
 
 from sidecar import __version__
@@ -152,15 +153,16 @@ def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
         "http",
         help="HTTP in front of an HTTP server, or of a stdio server",
         usage="mcp-sidecar http [OPTIONS] --listen HOST:PORT "
-        "(--upstream URL | -- COMMAND [ARG...])",
+        "(--upstream [NAME=]URL ... | -- COMMAND [ARG...])",
         description="Listen for MCP clients and stand between them and the server at URL, or a "
         "server that COMMAND starts, anew for each session, and that is served at /mcp.",
         epilog=OPTIONS_EPILOG,
     )
     parser.add_argument("--listen", metavar="HOST:PORT", help="where clients come in")
     parser.add_argument(
-        "--upstream", metavar="URL", help=f"the server's endpoint, whose path is served; {LEGACY}"
-    )
+        "--upstream", metavar="[NAME=]URL", action="append",
+        help=f"the server's endpoint, whose path is served; of several, each below /NAME; {LEGACY}",
+    )  # fmt: skip
     _add_common(parser)
 
 
@@ -259,6 +261,16 @@ def _add_injector(modes: argparse._SubParsersAction[Parser]) -> None:
         epilog="exit codes: 0 it does; 1 not in time")  # fmt: skip
     gate.add_argument("url", metavar="URL", help="http://127.0.0.1:PORT/PATH")
     gate.add_argument("--seconds", type=float, default=60.0, help="default: %(default)s")
+    rules = modes.add_parser("redirect", help="bring what dials a port of this pod to another",
+        description="The first container of a pod in mode redirect, with NET_ADMIN and nft: make "
+        "the rules, and prove them by dialling.",
+        epilog="exit codes: 0 proved; 125 there are no rules; 126 they do not hold")  # fmt: skip
+    rules.add_argument("--port", metavar="PORT", type=_port, required=True, help="the server's")
+    rules.add_argument("--to", metavar="PORT", type=_port, required=True, help="the sidecar's")
+    rules.add_argument("--except-uid", metavar="UID", type=_uid, required=True,
+        help="the user who reaches the server: the sidecar's")  # fmt: skip
+    rules.add_argument("--address", metavar="IP", type=_addresses, default=(),
+        help="the pod's own, with commas between them")  # fmt: skip
     served = modes.add_parser("webhook", help="serve the injector to the API server",
         description="Serve the mutating and the validating admission controller over TLS. The "
         "certificate is read again when it changes.",
@@ -273,6 +285,25 @@ def _add_injector(modes: argparse._SubParsersAction[Parser]) -> None:
     for each in (inject, why, served):
         each.add_argument("--config", metavar="FILE", help="YAML: what is injected")
         each.add_argument("--image", metavar="IMAGE", help="of sidecar and OPA")
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError("1 to 65535")
+    return int(text)
+
+
+def _uid(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise argparse.ArgumentTypeError("a number")
+    return int(text)
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(str(ip_address(each)) for each in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError("IP addresses, with commas between them") from None
 
 
 def _last(text: str) -> int:

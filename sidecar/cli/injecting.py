@@ -13,8 +13,9 @@ from sidecar.errors import ConfigError, InjectionRefused
 from sidecar.injector import manifests, workloads
 from sidecar.injector.changes import restore
 from sidecar.injector.injection import Injection, Json, Namespace, read
+from sidecar.injector.modes import wish_of
 from sidecar.injector.plan import plan
-from sidecar.injector.wishes import INJECTION, unwanted, wish_of
+from sidecar.injector.wishes import INJECTION, unwanted
 
 REFUSED = 1
 
@@ -83,7 +84,7 @@ def _why(pod: Json, namespace: Namespace, injection: Injection) -> str:
         return f"left alone: {reason}"
     try:
         changed = plan(pod, namespace, injection) != pod
-        wish = wish_of(pod)
+        wish = wish_of(restore(pod))
     except InjectionRefused as error:
         return f"refused: {error}"
     how = "injected" if changed else "injected already"

@@ -33,6 +33,7 @@ COMMANDS = {
     "check-inject": ("injecting", "check_inject"),
     "webhook": ("admitting", "webhook"),
     "await": ("awaiting", "await_url"),
+    "redirect": ("redirecting", "redirect"),
     "policy": ("building", "policy"),
 }
 """Commands with options of their own, each in a module that is imported when it is asked for."""

@@ -49,6 +49,7 @@ _PATH = r"(?!.*(?://|/\.\.?(?:/|$)))/[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 _PRIVATE = "authorization|proxy-authorization|cookie|mcp-session-id|mcp-sidecar-assertion|x-api-key"
 _HEADER = f"(?!(?:{_PRIVATE})$)[a-z0-9_-]+"
 
+_NAME = "[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _SHOWN = r"(?:arguments|result)(?:\.[^.]+)*"
 
 _principal = partial(Principal, issuer=STATIC_ISSUER)
@@ -90,6 +91,18 @@ def _upstream(
         token_file=token_file,
         pins=pins,
     )
+
+
+def _upstreams(value: Any) -> tuple[Upstream, ...]:
+    """`URL`, or several `NAME=URL`, of which each is served below `/NAME`."""
+    return tuple(map(_named_upstream, _any(value).split()))
+
+
+def _named_upstream(text: str) -> Upstream:
+    name, equals, url = text.partition("=")
+    if not equals or not re.fullmatch(_NAME, name):
+        return _upstream(_upstream_url(text))
+    return _upstream(_upstream_url(url), name=name, path=f"/{name}{urlsplit(url).path}".rstrip("/"))
 
 
 def _address(default: int) -> Callable[[Any], Listen]:
@@ -274,7 +287,7 @@ GROUPS = {path.partition(".")[0] for path in KEYS if "." in path}
 _SAMPLER = "(parentbased_)?(always_on|always_off|traceidratio)"
 _NOT_IN_FILE: Mapping[str, Key] = {
     "actor": _actor_in,
-    "upstream": lambda value: (_upstream(_upstream_url(value)),),
+    "upstream": _upstreams,
     "home": _any,
     "cache": _any,
     "otel.endpoint": _any,

@@ -134,7 +134,8 @@ def _from_environ(environ: Mapping[str, str], variables: Mapping[str, str]) -> _
 def _from_flags(flags: Mapping[str, Any]) -> _Said:
     for flag, path in FLAGS.items():
         if value := flags.get(flag):
-            yield f"--{flag}", path, "all" if value is True else str(value)
+            text = " ".join(value) if isinstance(value, list) else str(value)
+            yield f"--{flag}", path, "all" if value is True else text
 
 
 def _strangers(environ: Mapping[str, str], problems: Problems) -> None:

@@ -4,10 +4,12 @@
 
     plan        plan(pod, namespace, injection) -> pod: idempotent; refuses with a reason
       ├── wishes      what labels and annotations ask for: a Wish, or the reason why it is none
-      ├── walls       what a pod may not bring, since it would lead around the sidecar
-      ├── containers  ours: sidecar and OPA, and their volumes
+      ├── modes       the ways to stand before a server, each a `Mode`: front, redirect, client
+      ├── walls       what a pod may never bring, since it would lead around the sidecar
+      ├── containers  ours: the sidecar, and with it `opa`; `parts` is what all of them have alike
       ├── probes      the kubelet's questions to a server that only answers on loopback
       └── changes     what is changed of others', and how it is taken back
+    firewall    the rules of mode redirect, as text
     verify      whether a pod, as somebody wants to have it, is what a plan makes of some pod
     admission   reviews of the API server, answered by both; `patch` says what changed
       └── webhook     the same, served

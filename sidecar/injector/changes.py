@@ -7,12 +7,14 @@ is a note and no evidence: whatever it says, what comes of it is planned anew an
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 from sidecar.errors import InjectionRefused, MalformedMessage
 from sidecar.injector import probes
 from sidecar.injector.injection import PREFIX, Json
+from sidecar.injector.mode import Mode
 from sidecar.injector.walls import NAMES, VOLUMES
 from sidecar.injector.wishes import Wish
 from sidecar.protocol.jsonrpc import parse_json
@@ -20,11 +22,6 @@ from sidecar.protocol.jsonrpc import parse_json
 STATUS = PREFIX + "status"
 INJECTED = PREFIX + "injected"
 DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
-
-HOST_VARIABLES = "MCP_HOST", "FASTMCP_HOST"
-"""What servers are told by where to listen."""
-
-LOOPBACK = "127.0.0.1"
 
 IN_METADATA = "annotations", "labels"
 IN_SPEC = "initContainers", "volumes"
@@ -57,8 +54,8 @@ def restore(pod: Json) -> Json:
     return found
 
 
-def change(pod: Json, wish: Wish) -> tuple[Json, Json]:
-    """Tell the server to listen on loopback, and the kubelet to ask the sidecar.
+def change(pod: Json, wish: Wish, mode: Mode) -> tuple[Json, Json]:
+    """Tell the wished container what the mode has to say, and the kubelet to ask the sidecar.
 
     The changed pod, which is the caller's, and the probes that the sidecar is to make, by their
     paths.
@@ -73,7 +70,7 @@ def change(pod: Json, wish: Wish) -> tuple[Json, Json]:
     found["metadata"] = metadata
     undone = {}
     for container in _containers(spec):
-        undo, asked = _change_container(container, wish)
+        undo, asked = _change_container(container, wish, mode)
         questions.update(asked)
         if undo:
             undone[container["name"]] = undo
@@ -92,28 +89,33 @@ def change(pod: Json, wish: Wish) -> tuple[Json, Json]:
     return found, questions
 
 
-def _change_container(container: Json, wish: Wish) -> tuple[Json, Json]:
+def _change_container(container: Json, wish: Wish, mode: Mode) -> tuple[Json, Json]:
     undo: Json = {}
-    questions: Json = {}
-    probes.refuse_hooks(container, wish.port)
-    for kind in probes.KINDS:
-        instead = probes.moved(container, kind, wish.port)
-        if instead is not None:
-            path = probes.path_of(container["name"], kind)
-            questions[path] = probes.question(container, kind, wish.port)
-            undo.setdefault("probes", {})[kind] = container[kind]
-            container[kind] = instead
-    if container["name"] == wish.container:
-        undo["env"] = _tell(container, (*HOST_VARIABLES, *wish.host_env))
+    questions: Json = _move_probes(container, wish.port, undo) if mode.guarded else {}
+    if container["name"] == wish.container and (told := mode.told(wish)):
+        undo["env"] = _tell(container, told)
     return undo, questions
 
 
-def _tell(container: Json, names: tuple[str, ...]) -> Json:
+def _move_probes(container: Json, port: int, undo: Json) -> Json:
+    questions: Json = {}
+    probes.refuse_hooks(container, port)
+    for kind in probes.KINDS:
+        instead = probes.moved(container, kind, port)
+        if instead is not None:
+            path = probes.path_of(container["name"], kind)
+            questions[path] = probes.question(container, kind, port)
+            undo.setdefault("probes", {})[kind] = container[kind]
+            container[kind] = instead
+    return questions
+
+
+def _tell(container: Json, told: Mapping[str, str]) -> Json:
     """Set variables; what they were before: None for those that were not there."""
     before: Json = {"empty": _empties(container, ("env",)), "variables": {}}
     entries = list(container.get("env") or ())
     there = {each["name"]: each for each in entries}
-    said = {name: {"name": name, "value": LOOPBACK} for name in names}
+    said = {name: {"name": name, "value": value} for name, value in told.items()}
     before["variables"] = {name: there.get(name) for name in said}
     new = [each for name, each in said.items() if name not in there]
     container["env"] = [*new, *(said.get(each["name"], each) for each in entries)]

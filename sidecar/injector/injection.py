@@ -13,11 +13,12 @@ Json = dict[str, Any]
 
 PREFIX = "mcp-opa-sidecar.io/"
 
+SIDECAR_PORT = 15801
 ADMIN_PORT = 15820
 OPA_PORT = 15821
 """OPA's `/health` and `/metrics`, for the kubelet, which can not ask a socket."""
 
-RESERVED_PORTS = frozenset({15801, ADMIN_PORT, OPA_PORT})
+RESERVED_PORTS = frozenset({SIDECAR_PORT, ADMIN_PORT, OPA_PORT})
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sidecar.injector import changes, containers, walls
 from sidecar.injector.injection import Injection, Json, Namespace
-from sidecar.injector.wishes import unwanted, wish_of
+from sidecar.injector.modes import MODES, wish_of
+from sidecar.injector.wishes import unwanted
 
 
 def plan(pod: Json, namespace: Namespace, injection: Injection) -> Json:
@@ -20,12 +21,8 @@ def plan(pod: Json, namespace: Namespace, injection: Injection) -> Json:
         return pod
     bare = changes.restore(pod)
     wish = wish_of(bare)
-    walls.refuse(bare["spec"], wish, injection)
-    found, questions = changes.change(bare, wish)
-    spec = found["spec"]
-    ours = containers.ours(wish, questions, injection)
-    # Before everybody else's, so that what later webhooks append changes no place of ours.
-    kind = "initContainers" if injection.native else "containers"
-    spec[kind] = [*ours, *(spec.get(kind) or ())]
-    spec["volumes"] = [*containers.volumes(injection), *(spec.get("volumes") or ())]
+    mode = MODES[wish.mode]
+    walls.refuse(bare["spec"], wish, injection, mode.checks)
+    found, questions = changes.change(bare, wish, mode)
+    containers.put(found["spec"], mode, wish, questions, injection)
     return found

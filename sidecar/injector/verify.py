@@ -14,8 +14,9 @@ from sidecar.errors import InjectionRefused
 from sidecar.injector import changes, walls
 from sidecar.injector.containers import AMOUNTS
 from sidecar.injector.injection import PREFIX, Injection, Json, Namespace
+from sidecar.injector.modes import MODES, wish_of
 from sidecar.injector.plan import plan
-from sidecar.injector.wishes import unwanted, wish_of
+from sidecar.injector.wishes import unwanted
 
 DEFAULTED = {
     "terminationMessagePath": "/dev/termination-log",
@@ -69,7 +70,8 @@ def verify_changed(pod: Json, old: Json, injection: Injection) -> None:
         if now != before:
             raise InjectionRefused(f"the sidecar's own {what} can not be changed")
     bare = changes.restore(pod)
-    walls.refuse(bare["spec"], wish_of(bare), injection)
+    wish = wish_of(bare)
+    walls.refuse(bare["spec"], wish, injection, MODES[wish.mode].checks)
 
 
 def _unnoted(pod: Json) -> Json:

@@ -8,8 +8,8 @@ from sidecar.errors import InjectionRefused
 from sidecar.injector.injection import RESERVED_PORTS, Injection, Json
 from sidecar.injector.wishes import Wish
 
-NAMES = "mcp-opa", "mcp-sidecar"
-"""Containers of ours."""
+NAMES = "mcp-redirect", "mcp-opa", "mcp-sidecar"
+"""Containers of ours, in the order in which they are started."""
 
 VOLUMES = "mcp-opa-sidecar-"
 """How the names of our volumes begin."""
@@ -19,13 +19,13 @@ KINDS = "initContainers", "containers", "ephemeralContainers"
 Check = Callable[[Json, Wish, Injection], Iterator[str]]
 
 
-def refuse(spec: Json, wish: Wish, injection: Injection) -> None:
-    """Look at a pod that has nothing of ours in it.
+def refuse(spec: Json, wish: Wish, injection: Injection, checks: tuple[Check, ...]) -> None:
+    """Look at a pod that has nothing of ours in it; `checks` are those of the wished mode.
 
     Raises:
         InjectionRefused: with every reason there is.
     """
-    found = [reason for check in CHECKS for reason in check(spec, wish, injection)]
+    found = [reason for check in (*CHECKS, *checks) for reason in check(spec, wish, injection)]
     if found:
         raise InjectionRefused("; ".join(found))
 
@@ -85,16 +85,7 @@ def _shared(spec: Json, wish: Wish, injection: Injection) -> Iterator[str]:
             yield f"container {container['name']} is put into {target}, among its processes"
 
 
-def _alone(spec: Json, wish: Wish, injection: Injection) -> Iterator[str]:
-    others = [each["name"] for each in _lasting(spec) if each["name"] != wish.container]
-    if others and not wish.accept_loopback:
-        yield (
-            f"{', '.join(others)} can reach the server on loopback, past the sidecar:"
-            ' say mcp-opa-sidecar.io/accept-loopback: "true" if that may be'
-        )
-
-
-def _lasting(spec: Json) -> Iterator[Json]:
+def lasting(spec: Json) -> Iterator[Json]:
     """Those that run beside the server."""
     yield from spec["containers"]
     yield from spec.get("ephemeralContainers") or ()
@@ -103,4 +94,4 @@ def _lasting(spec: Json) -> Iterator[Json]:
             yield each
 
 
-CHECKS: tuple[Check, ...] = (_names, _volumes, _ports, _uids, _shared, _alone)
+CHECKS: tuple[Check, ...] = (_names, _volumes, _ports, _uids, _shared)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from sidecar.errors import InjectionRefused
 from sidecar.injector.injection import PREFIX, RESERVED_PORTS, Json, Namespace
@@ -17,41 +17,39 @@ from sidecar.injector.injection import PREFIX, RESERVED_PORTS, Json, Namespace
 INJECT = PREFIX + "inject"
 INJECTION = PREFIX + "injection"
 
-Mode = Literal["front"]
-
-ANNOTATIONS = {
-    "mode": "how the sidecar stands before the server: front",
-    "port": "the server's port, by number or name; else the only one that is called mcp",
-    "container": "the server's container; else the one that declares the port, or the only one",
-    "path": "the path of the server's endpoint; /mcp unless set",
-    "host-env": "more variables that tell the server where to listen, with commas between them",
-    "accept-loopback": "true: others of the pod may reach the server past the sidecar",
-}
-"""What may be said of a pod, each with the prefix of the project."""
-
-SET_BY_US = frozenset({"status"})
-
 NEVER = frozenset({"kube-system", "kube-public", "kube-node-lease"})
 
 _PATH = re.compile(r"/[A-Za-z0-9._~/-]{0,200}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,100}")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,100}")
+
+LOOPBACK = "127.0.0.1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
     """What is asked for, complete."""
 
-    mode: Mode
-    port: int
-    container: str
-    path: str = "/mcp"
-    host_env: tuple[str, ...] = ()
-    accept_loopback: bool = False
+    mode: str
+    container: str  # the server's; in mode `client`, the agent's
+    port: int  # the server's; in mode `client`, the sidecar's
+    path: str = "/mcp"  # of the server's endpoint
+    host_env: tuple[str, ...] = ()  # more variables that tell the server where to listen
+    accept_loopback: bool = False  # others of the pod may reach the server past the sidecar
+    servers: tuple[Server, ...] = ()  # those that an agent dials
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One that an agent dials, by what a variable of its container says."""
+
+    name: str
+    variable: str
+    url: str
 
 
 def unwanted(pod: Json, namespace: Namespace) -> str | None:
     """Why a pod is left alone; None when it is to be injected. The pod's own label comes first."""
-    label = _mapping(pod, "labels").get(INJECT)
+    label = labels_of(pod).get(INJECT)
     if namespace.name in NEVER:
         return f"nothing is injected in {namespace.name}"
     enabled = namespace.labels.get(INJECTION) == "enabled"
@@ -62,55 +60,54 @@ def unwanted(pod: Json, namespace: Namespace) -> str | None:
     return f"neither the pod is labelled {INJECT}=true nor its namespace {INJECTION}=enabled"
 
 
-def wish_of(pod: Json) -> Wish:
-    """What a pod asks for.
+def path_of(said: Mapping[str, str]) -> str:
+    """The path of the server's endpoint.
 
     Raises:
-        InjectionRefused: it asks for what there is not, or does not say which server it means.
+        InjectionRefused: it is none.
     """
-    label = _mapping(pod, "labels").get(INJECT, "true")
-    if label != "true":
-        raise InjectionRefused(f'the label {INJECT} is {label!r}, neither "true" nor "false"')
-    said = _said(pod)
-    mode = said.get("mode", "front")
-    if mode not in get_args(Mode):
-        raise InjectionRefused(f"{PREFIX}mode {mode!r} is not one of: {', '.join(get_args(Mode))}")
-    container, port = _server(pod["spec"], said)
     path = said.get("path", "/mcp")
     if not _PATH.fullmatch(path):
         raise InjectionRefused(f"{PREFIX}path {path!r} is not a path")
-    names = tuple(each.strip() for each in said.get("host-env", "").split(",") if each.strip())
-    for name in names:
-        if not _VARIABLE.fullmatch(name):
-            raise InjectionRefused(f"{PREFIX}host-env: {name!r} is not the name of a variable")
-    accepts = said.get("accept-loopback", "false")
-    if accepts not in ("true", "false"):
-        raise InjectionRefused(f'{PREFIX}accept-loopback is neither "true" nor "false"')
-    return Wish("front", port, container, path, names, accepts == "true")
+    return path
 
 
-def _said(pod: Json) -> dict[str, str]:
-    found = {
-        name.removeprefix(PREFIX): value
-        for name, value in _mapping(pod, "annotations").items()
-        if name.startswith(PREFIX)
-    }
-    for name in found.keys() - ANNOTATIONS.keys() - SET_BY_US:
-        raise InjectionRefused(f"{PREFIX}{name} is no annotation of ours: {', '.join(ANNOTATIONS)}")
+def names_of(said: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """The variables that an annotation names, with commas between them.
+
+    Raises:
+        InjectionRefused: one is not the name of a variable.
+    """
+    names = tuple(each.strip() for each in said.get(name, "").split(",") if each.strip())
+    for each in names:
+        if not VARIABLE.fullmatch(each):
+            raise InjectionRefused(f"{PREFIX}{name}: {each!r} is not the name of a variable")
+    return names
+
+
+def candidates(spec: Json, said: Mapping[str, str]) -> list[Json]:
+    """The containers that may be meant: the one that is named, or all.
+
+    Raises:
+        InjectionRefused: there is none of the name.
+    """
+    wanted = said.get("container")
+    found = [each for each in spec["containers"] if wanted in (None, each["name"])]
+    if not found:
+        raise InjectionRefused(f"{PREFIX}container: there is no container {wanted!r}")
     return found
 
 
-def _server(spec: Json, said: Mapping[str, str]) -> tuple[str, int]:
-    """The server's container and port."""
-    containers = spec["containers"]
-    wanted = said.get("container")
-    if wanted is not None:
-        containers = [each for each in containers if each["name"] == wanted]
-        if not containers:
-            raise InjectionRefused(f"{PREFIX}container: there is no container {wanted!r}")
+def server_of(spec: Json, said: Mapping[str, str], *, lowest: int) -> tuple[str, int]:
+    """The server's container and port, which is `lowest` or above.
+
+    Raises:
+        InjectionRefused: that is not one container and one port.
+    """
+    containers = candidates(spec, said)
     port = said.get("port", "mcp")
     if port.isascii() and port.isdigit():
-        return _numbered(containers, int(port))
+        return _numbered(containers, int(port), lowest)
     named = [
         (each["name"], declared["containerPort"])
         for each in containers
@@ -121,10 +118,10 @@ def _server(spec: Json, said: Mapping[str, str]) -> tuple[str, int]:
         raise InjectionRefused(
             f"{len(named)} ports are called {port!r}: name the server's with {PREFIX}port"
         )
-    return named[0][0], _usable(named[0][1])
+    return named[0][0], _usable(named[0][1], lowest)
 
 
-def _numbered(containers: list[Json], port: int) -> tuple[str, int]:
+def _numbered(containers: list[Json], port: int, lowest: int) -> tuple[str, int]:
     declaring = [
         each["name"]
         for each in containers
@@ -133,16 +130,26 @@ def _numbered(containers: list[Json], port: int) -> tuple[str, int]:
     names = declaring or [each["name"] for each in containers]
     if len(names) != 1:
         raise InjectionRefused(f"{len(names)} containers may have port {port}: {PREFIX}container")
-    return names[0], _usable(port)
+    return names[0], _usable(port, lowest)
 
 
-def _usable(port: int) -> int:
-    if not 1024 <= port <= 65535 or port in RESERVED_PORTS:
+def _usable(port: int, lowest: int) -> int:
+    if not lowest <= port <= 65535 or port in RESERVED_PORTS:
         raise InjectionRefused(
-            f"port {port} can not be guarded: the sidecar has no privilege for ports below 1024,"
-            f" and {', '.join(map(str, sorted(RESERVED_PORTS)))} are its own"
+            f"port {port} can not be guarded: ports below {lowest} take a privilege that there is"
+            f" not, and {', '.join(map(str, sorted(RESERVED_PORTS)))} are the sidecar's own"
         )
     return port
+
+
+def labels_of(pod: Json) -> Mapping[str, str]:
+    """A pod's labels."""
+    return _mapping(pod, "labels")
+
+
+def annotations_of(pod: Json) -> Mapping[str, str]:
+    """A pod's annotations."""
+    return _mapping(pod, "annotations")
 
 
 def _mapping(pod: Json, name: str) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.injector.containers import BOOT
+from sidecar.injector.opa import BOOT
 from tests.pods.conftest import Rig
 from tests.pods.container import Container
 from tests.pods.image import DOCKERFILE, Stage, needed, stages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -110,10 +110,40 @@ def _extras() -> st.SearchStrategy[Json]:
     )
 
 
+_HARMLESS = st.sampled_from(
+    [
+        {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        {"allowPrivilegeEscalation": False, "runAsNonRoot": True},
+        {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["NET_RAW", "CAP_SETUID"]}},
+        {"allowPrivilegeEscalation": False, "runAsUser": 1000},
+    ]
+)
+
+
+def _front(draw: st.DrawFn, found: Json) -> Json:
+    return annotated(found, accept_loopback="true")
+
+
+def _redirect(draw: st.DrawFn, found: Json) -> Json:
+    for each in containers(found):
+        each["securityContext"] = draw(_HARMLESS)
+    return annotated(found, mode="redirect")
+
+
+def _client(draw: st.DrawFn, found: Json) -> Json:
+    agent = container(found, "app")
+    where = {"name": "TICKETS_URL", "value": "https://tickets.example.com/mcp"}
+    agent["env"] = draw(st.permutations([*(agent.get("env") or ()), where]))
+    return annotated(found, mode="client", container="app", servers="tickets=TICKETS_URL")
+
+
+MODES = {"front": _front, "redirect": _redirect, "client": _client}
+"""What makes a pod one that can be injected in a mode."""
+
+
 @st.composite
-def shapes(draw: st.DrawFn) -> Json:
-    """Pods that can be injected, in any shape that the API would take."""
-    accepts = {"mcp-opa-sidecar.io/accept-loopback": "true"}
+def shapes(draw: st.DrawFn, modes: Collection[str] = tuple(MODES)) -> Json:
+    """Pods that can be injected in one of the modes, in any shape that the API would take."""
     found = pod({**draw(_extras()), "ports": [{"name": "mcp", "containerPort": PORT}]})
     names = draw(st.lists(_NAMES, unique=True, max_size=4).filter(lambda each: "app" not in each))
     others = [{"name": name, "image": "x", **draw(_extras())} for name in names]
@@ -129,9 +159,9 @@ def shapes(draw: st.DrawFn) -> Json:
     found["spec"] |= draw(
         _maybe(volumes=st.sampled_from([None, [], [{"name": "data", "emptyDir": {}}]]))
     )
-    found["metadata"]["annotations"] = {**accepts, **draw(_maybe(note=_TEXT))}
+    found["metadata"] |= draw(_maybe(annotations=_maybe(note=_TEXT)))
     if draw(st.booleans()):
         found["metadata"]["labels"] = draw(st.sampled_from([None, {}, {"app": "a"}]))
     else:
         found["metadata"].pop("labels")
-    return found
+    return MODES[draw(st.sampled_from(sorted(modes)))](draw, found)

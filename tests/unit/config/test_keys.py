@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.config import KEYS, describe
+from sidecar.errors import ConfigError
 from tests.support.settings import (
     EXAMPLES,
     ODD,
@@ -101,3 +102,29 @@ def test_each_key_changes_the_settings() -> None:
 def test_the_path_says_the_transport_unless_it_is_said(said: str, transport: str) -> None:
     [upstream] = with_policy(f"upstreams: [{{{said}}}]", mode="check").upstreams
     assert upstream.transport == transport
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (["http://a:1/mcp"], [("a", "/mcp", "http://a:1/mcp")]),
+        (["t=http://a/mcp"], [("t", "/t/mcp", "http://a/mcp")]),
+        (
+            ["t=http://a/mcp", "s-2=https://b"],
+            [("t", "/t/mcp", "http://a/mcp"), ("s-2", "/s-2", "https://b")],
+        ),
+        (["http://a/x=y"], [("a", "/x=y", "http://a/x=y")]),
+    ],
+)
+def test_servers_on_the_command_line_are_each_below_their_name(
+    said: list[str], expected: list[tuple[str, str, str]]
+) -> None:
+    for way in (said, " ".join(said)):
+        found = with_policy(mode="http", listen="127.0.0.1:0", upstream=way).upstreams
+        assert [(each.name, each.path, each.url) for each in found] == expected
+
+
+@pytest.mark.parametrize("said", ["T=http://a/mcp", "t=ftp://a/mcp", "t=", "t=http://a/mcp b"])
+def test_what_is_no_server_is_said(said: str) -> None:
+    with pytest.raises(ConfigError, match="--upstream: must be http"):
+        with_policy(mode="http", listen="127.0.0.1:0", upstream=[said])

@@ -19,6 +19,7 @@ from sidecar.injector.walls import NAMES
 from tests.support import pods
 from tests.support.pods import ENABLED, annotated, container, containers, pod
 
+LASTING = ["mcp-opa", "mcp-sidecar"]
 NATIVE, ORDERED = Injection(), Injection(native=False)
 INJECTIONS = st.sampled_from(
     [NATIVE, ORDERED, Injection(config="mcp-config", otlp="http://c:4318")]
@@ -52,13 +53,32 @@ def test_the_validator_accepts_a_plan(found: Json, injection: Injection) -> None
 
 
 @given(pods.shapes(), INJECTIONS)
-def test_ours_are_restricted_and_first(found: Json, injection: Injection) -> None:
+def test_ours_are_first_and_in_order(found: Json, injection: Injection) -> None:
+    spec = plan(found, ENABLED, injection)["spec"]
+    names = {
+        kind: [each["name"] for each in spec.get(kind) or () if each["name"] in NAMES]
+        for kind in ("initContainers", "containers")
+    }
+    ours = [*names["initContainers"], *names["containers"]]
+    assert ours == sorted(ours, key=NAMES.index)
+    assert ours[-2:] == LASTING
+    assert names["containers"] == ([] if injection.native else LASTING)
+    for kind, there in names.items():
+        assert [each["name"] for each in (spec.get(kind) or ())[: len(there)]] == there
+
+
+@given(pods.shapes(), INJECTIONS)
+def test_ours_are_restricted_but_for_what_makes_rules(found: Json, injection: Injection) -> None:
     planned = plan(found, ENABLED, injection)
-    ours = [each for each in containers(planned) if each["name"] in NAMES]
-    assert [each["name"] for each in ours] == list(NAMES)
-    assert [pods.breaks_restricted(each) for each in ours] == [[], []]
-    kind = "initContainers" if injection.native else "containers"
-    assert planned["spec"][kind][:2] == ours
+    broken = {
+        each["name"]: pods.breaks_restricted(each)
+        for each in containers(planned)
+        if each["name"] in NAMES
+    }
+    rules = broken.pop("mcp-redirect", None)
+    assert set(map(tuple, broken.values())) == {()}
+    is_redirect = found["metadata"]["annotations"].get("mcp-opa-sidecar.io/mode") == "redirect"
+    assert rules == (["runAsNonRoot", "runAsUser", "capabilities"] if is_redirect else None)
 
 
 @given(pods.shapes(), INJECTIONS)
@@ -84,24 +104,10 @@ def test_only_we_mount_what_is_ours(found: Json) -> None:
     assert "mcp-opa-sidecar-opa" in mounts["mcp-opa"] & mounts["mcp-sidecar"]
 
 
-def test_the_server_is_told_to_listen_on_loopback() -> None:
-    env = [{"name": "A", "value": "1"}, {"name": "MCP_HOST", "value": "0.0.0.0"}]
-    planned = plan(annotated(pod({"env": env}), host_env="BIND, HOST"), ENABLED, NATIVE)
-    said = {each["name"]: each["value"] for each in container(planned, "app")["env"]}
-    loopback = dict.fromkeys(["MCP_HOST", "FASTMCP_HOST", "BIND", "HOST"], "127.0.0.1")
-    assert said == {"A": "1", **loopback}
-
-
-def test_the_sidecar_takes_the_server_s_port_on_the_pod_s_address() -> None:
-    arguments = container(plan(pod(), ENABLED, NATIVE), "mcp-sidecar")["args"]
-    assert "--listen=$(POD_IP):8080" in arguments
-    assert "--upstream=http://127.0.0.1:8080/mcp" in arguments
-
-
 @pytest.mark.parametrize("injection", [NATIVE, ORDERED])
 def test_ordered_containers_have_a_gate_and_native_ones_are_native(injection: Injection) -> None:
     planned = plan(pod(), ENABLED, injection)
-    ours = [container(planned, name) for name in NAMES]
+    ours = [container(planned, name) for name in LASTING]
     assert all((each.get("restartPolicy") == "Always") is injection.native for each in ours)
     assert all(("lifecycle" in each) is not injection.native for each in ours)
 

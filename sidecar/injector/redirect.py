@@ -1,0 +1,103 @@
+"""Mode `redirect`: the kernel brings whatever dials the server's port to the sidecar.
+
+Also other containers of the pod, other users of the server's own, and `kubectl port-forward`. Only
+the sidecar's user reaches the server, so nobody else may be that user, become it, or look into what
+is sent on loopback. The rules are made, and proved, by a container that ends before all others
+begin; it needs NET_ADMIN, which the "baseline" Pod Security Standard does not give.
+
+Source: Kubernetes, "Init Containers"; Linux, capabilities(7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from sidecar.injector.injection import SIDECAR_PORT, Injection, Json
+from sidecar.injector.mode import Mode
+from sidecar.injector.parts import common, field, no_token, restricted
+from sidecar.injector.walls import everybody
+from sidecar.injector.wishes import LOOPBACK, Wish, path_of, server_of
+
+HELD = frozenset({"NET_RAW", "SETUID"})
+"""What a runtime gives to root, unless it is told not to, and leads around the sidecar."""
+
+FATAL = HELD | {"BPF", "NET_ADMIN", "SYS_ADMIN", "SYS_MODULE", "SYS_PTRACE", "SYS_RAWIO"}
+"""Capabilities with which a process becomes the sidecar's user, undoes the rules, or reads and
+writes what others send on loopback."""
+
+
+def _wish(spec: Json, said: Mapping[str, str]) -> Wish:
+    container, port = server_of(spec, said, lowest=1)
+    return Wish(mode="redirect", port=port, container=container, path=path_of(said))
+
+
+def _arguments(wish: Wish, injection: Injection) -> list[str]:
+    return [
+        f"--listen=0.0.0.0:{SIDECAR_PORT}",
+        f"--upstream=http://{LOOPBACK}:{wish.port}{wish.path}",
+    ]
+
+
+def _told(wish: Wish) -> Mapping[str, str]:
+    return {}
+
+
+def _first(wish: Wish, injection: Injection) -> list[Json]:
+    return [
+        {
+            **common("mcp-redirect", injection),
+            "command": ["mcp-sidecar"],
+            "args": [
+                "redirect",
+                f"--port={wish.port}",
+                f"--to={SIDECAR_PORT}",
+                f"--except-uid={injection.sidecar_id}",
+                "--address=$(POD_IP)",
+            ],
+            "env": [{"name": "POD_IP", "valueFrom": {"fieldRef": field("status.podIP")}}],
+            "resources": dict(injection.sidecar_resources),
+            "securityContext": {
+                **restricted(0, 0),
+                "runAsNonRoot": False,
+                "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]},
+            },
+            "volumeMounts": [no_token()],
+        }
+    ]
+
+
+def _harmless(spec: Json, wish: Wish, injection: Injection) -> Iterator[str]:
+    """Nobody may be able to become the sidecar's user, or to undo the rules."""
+    pod = spec.get("securityContext") or {}
+    for each in everybody(spec):
+        context = each.get("securityContext") or {}
+        # A program may be its owner's, the sidecar's user, by its mode: that takes no capability.
+        if context.get("allowPrivilegeEscalation") is not False:
+            yield f"container {each['name']} does not say allowPrivilegeEscalation: false"
+        if fatal := sorted(_fatal(pod, context)):
+            yield (
+                f"container {each['name']} may have {', '.join(fatal)}, which lead around the"
+                " sidecar: drop ALL capabilities, or say runAsNonRoot: true"
+            )
+
+
+def _fatal(pod: Json, context: Json) -> frozenset[str]:
+    said, both = context.get("capabilities") or {}, {**pod, **context}
+    added, dropped = _names(said.get("add")), _names(said.get("drop"))
+    is_root = not both.get("runAsUser") and both.get("runAsNonRoot") is not True
+    by_default = HELD - dropped if is_root and "ALL" not in dropped else frozenset()
+    return FATAL if "ALL" in added else (FATAL & added) | by_default
+
+
+def _names(capabilities: list[str] | None) -> frozenset[str]:
+    return frozenset(each.upper().removeprefix("CAP_") for each in capabilities or ())
+
+
+REDIRECT = Mode(
+    annotations=frozenset({"port", "container", "path"}),
+    wish=_wish,
+    arguments=_arguments,
+    told=_told,
+    checks=(_harmless,),
+    first=_first,
+)
