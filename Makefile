@@ -9,7 +9,7 @@ PY    := .venv/bin/python
 READY := .venv/.ready
 export PYTHON
 export STEPS := 3
-test: export STEPS := 7
+test: export STEPS := 8
 
 # The path of the OPA to use, installed if need be, as MCP_SIDECAR_OPA_BIN of the commands that follow.
 WITH_OPA = MCP_SIDECAR_OPA_BIN=$$(STEP="[3/$$STEPS]" .ci/install-opa) && export MCP_SIDECAR_OPA_BIN &&
@@ -54,6 +54,7 @@ test: $(READY) ## sets everything up, then runs every test but those of test-clu
 	@STEP="[5/$$STEPS]" .ci/install-jaeger >/dev/null || :
 	@STEP="[6/$$STEPS]" .ci/install-prometheus >/dev/null || :
 	@STEP="[7/$$STEPS]" .ci/install-collector >/dev/null || :
+	@STEP="[8/8]" .ci/install-nft >/dev/null || :
 	@$(WITH_OPA) exec $(PY) -m pytest --ignore=tests/cluster $(ARGS)
 
 test-cluster: $(READY) ## sets everything up, then runs the injector's tests on a real API server (built once: about 10 minutes)

@@ -86,6 +86,12 @@ def cluster_parts() -> Path:
 
 
 @pytest.fixture(scope="session")
+def nft_usr() -> Path:
+    """The folder that has ``nft``, as a container's /usr."""
+    return require("nft", _find("install-nft"), "make test")
+
+
+@pytest.fixture(scope="session")
 def node_parts() -> Path:
     """The folder whose ``node_modules`` holds the reference MCP server."""
     mend = "make test" if shutil.which("node") else "install Node 18 or later"

@@ -20,7 +20,7 @@ from tests.pods.container import Image
 from tests.pods.network import Network, Unavailable
 from tests.pods.runner import Pod
 from tests.support.pods import ENABLED, annotated
-from tests.support.processes import ROOT, environment, sidecar
+from tests.support.processes import ROOT, STARTER, environment, sidecar
 
 CONFIG = "identity: {static: {type: human, id: ana}, static_for_all: true}\n"
 SERVER = [sys.executable, "-m", "tests.pods.app", "--data", "/data"]
@@ -82,7 +82,7 @@ def server_pod(*arguments: str, neighbour: bool = False, **spec: Any) -> Json:
 
 
 @pytest.fixture(scope="session")
-def rig(opa_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def rig(opa_bin: Path, nft_usr: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     """The image, what stands for the server's, and a policy builder; or why there is none."""
     try:
         with Network():
@@ -95,7 +95,7 @@ def rig(opa_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     folder = tmp_path_factory.mktemp("pods")
     (folder / "running").mkdir()
     images = {
-        "sidecar": sidecar_image.image(folder / "image", opa_bin.resolve()),
+        "sidecar": sidecar_image.image(folder / "image", opa_bin.resolve(), {"nftables": nft_usr}),
         "app": Image(folders={str(ROOT): ROOT}, env={"PYTHONPATH": str(ROOT)}),
     }
 
@@ -110,3 +110,9 @@ def rig(opa_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
         return found
 
     return Rig(images, build, folder / "running")
+
+
+@pytest.fixture(scope="session")
+def starter(rig: Rig) -> Mapping[str, str]:
+    files: Mapping[str, str] = rig.build(STARTER)["data"]
+    return files

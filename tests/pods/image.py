@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.pods.container import Image
 from tests.support.processes import ROOT
 
 DOCKERFILE = ROOT / "k8s" / "Dockerfile"
+USR = Path("/usr")
 OURS = "/opt/mcp-opa-sidecar"
 
 
@@ -73,8 +75,8 @@ def _step(name: str, rest: str) -> Step:
     )
 
 
-def image(folder: Path, opa: Path) -> Image:
-    """The image's files, made below `folder`."""
+def image(folder: Path, opa: Path, packages: Mapping[str, Path]) -> Image:
+    """The image's files, made below `folder`; of Debian's packages, by their names, each a /usr."""
     last = stages(DOCKERFILE.read_text("utf-8"))[-1]
     venv = folder / "package" / OURS.lstrip("/") / "venv"
     _install(folder / "wheels", venv, folder / "package")
@@ -85,16 +87,28 @@ def image(folder: Path, opa: Path) -> Image:
             stage = step.flags.get("from")
             source = made[stage, each] if stage else ROOT / each
             _copy(source, folder / "root", target, each)
+    installed = [packages[each] for each in installs(last)]
     user, _, group = last.all("USER")[-1].text.partition(":")
     env = dict(word.split("=", 1) for step in last.all("ENV") for word in step.words)
     return Image(
         folders={"/opt": folder / "root" / "opt"},
-        over_usr=(folder / "root" / "usr",),
+        over_usr=(folder / "root" / "usr", *(each for each in installed if each != USR)),
         env=env,
         user=int(user),
         group=int(group),
         entrypoint=tuple(each.strip('[]",') for each in last.all("ENTRYPOINT")[-1].text.split()),
     )
+
+
+def installs(stage: Stage) -> list[str]:
+    """The packages of Debian's that a stage installs."""
+    found = []
+    for step in stage.all("RUN"):
+        for command in step.text.split("&&"):
+            words = command.split()
+            if words[:2] == ["apt-get", "install"]:
+                found += [word for word in words[2:] if not word.startswith("-")]
+    return found
 
 
 def _copy(source: Path, root: Path, target: str, name: str) -> None:

@@ -92,7 +92,7 @@ class Pod:
     def phase(self) -> str:
         """`Pending`, `Running`, `Succeeded` or `Failed`."""
         own = [each for each in self.members.values() if not each.first]
-        if any(each.first and each.given_up for each in self.members.values()):
+        if any(each.first and each.failed for each in self.members.values()):
             return "Failed"
         if not any(each.begun for each in own):
             return "Pending"
@@ -172,7 +172,7 @@ class Pod:
                 return
             each.begin()
             each.passed.wait()
-            if each.first and not each.lasting and each.given_up:
+            if each.first and each.failed:
                 return
         own = [each for each in self.members.values() if not each.first]
         while not self.stopping.wait(TICK):
@@ -202,6 +202,11 @@ class Member:
         """Whether it runs, has started, and its readiness probe says so."""
         container = self.container
         return container is not None and container.code is None and self._is_ready
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended for good, and not well."""
+        return self.given_up and self.codes[-1:] != [0]
 
     def begin(self) -> None:
         """Let it live."""

@@ -12,7 +12,7 @@ import pytest
 from sidecar.injector.opa import BOOT
 from tests.pods.conftest import Rig
 from tests.pods.container import Container
-from tests.pods.image import DOCKERFILE, Stage, needed, stages
+from tests.pods.image import DOCKERFILE, installs, needed, stages
 from tests.pods.network import Network
 from tests.support.processes import ROOT
 
@@ -66,18 +66,23 @@ def test_stages() -> None:
     assert not [step for stage in STAGES for step in stage.all("ADD")]
 
 
-def test_the_last_one_runs_nothing_and_is_nobody() -> None:
-    assert LAST.all("RUN") == []
+def test_the_last_one_installs_what_it_says_and_is_nobody() -> None:
+    (run,) = LAST.all("RUN")
+    commands = [each.split()[:2] for each in run.text.split("&&")]
+    assert commands == [["apt-get", "update"], ["apt-get", "install"], ["rm", "-rf"]]
+    assert installs(LAST) == ["nftables"]
     (user,) = LAST.all("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user.text)
     assert LAST.steps.index(user) > max(map(LAST.steps.index, LAST.all("COPY")))
 
 
 def test_everything_is_pinned() -> None:
-    def installs(stage: Stage) -> list[str]:
-        return [step.text for step in stage.all("RUN") if " install " in step.text]
-
-    found = [text for stage in STAGES for text in installs(stage) if "pip" in text]
+    found = [
+        step.text
+        for stage in STAGES
+        for step in stage.all("RUN")
+        if "pip" in step.text and " install " in step.text
+    ]
     assert found
     assert all("--constraint .ci/constraints.txt" in text for text in found)
     pins = (ROOT / ".ci" / "constraints.txt").read_text("utf-8")
@@ -90,7 +95,7 @@ def test_everything_is_pinned() -> None:
 
 
 PROGRAM = """
-for each in mcp-sidecar opa; do command -v $each; done
+for each in mcp-sidecar opa nft; do command -v $each; done
 ls {boot}
 mcp-sidecar --version
 opa version | head -1
@@ -114,13 +119,13 @@ def test_what_is_made_by_its_steps_has_what_pods_expect(rig: Rig, tmp_path: Path
         finally:
             container.kill()
     lines = log.read_text("utf-8").splitlines()
-    assert lines[:4] == [
-        "/opt/mcp-opa-sidecar/venv/bin/mcp-sidecar", "/usr/local/bin/opa",
+    assert lines[:5] == [
+        "/opt/mcp-opa-sidecar/venv/bin/mcp-sidecar", "/usr/local/bin/opa", "/usr/sbin/nft",
         "authz.rego", "mask.rego",
     ]  # fmt: skip
-    assert lines[4].startswith("mcp-opa-sidecar ")
-    assert lines[5].startswith("Version: 1.")
-    assert lines[6:] == ["20001"]
+    assert lines[5].startswith("mcp-opa-sidecar ")
+    assert lines[6].startswith("Version: 1.")
+    assert lines[7:] == ["20001"]
     assert rig.images["sidecar"].entrypoint == ("mcp-sidecar",)
 
 
