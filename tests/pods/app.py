@@ -36,7 +36,7 @@ def main() -> None:
     host = "0.0.0.0" if options.everywhere else os.environ.get("MCP_HOST", "0.0.0.0")
     with socket.create_server((host, options.port), reuse_port=options.share_port) as listener:
         print(f"listening on {host}", flush=True)
-        app = server.streamable_http_app(json_response=True)
+        app = server.streamable_http_app(json_response=True, host=host)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none")).run([listener])
 
 

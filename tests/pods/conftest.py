@@ -42,14 +42,17 @@ class Rig:
         pod: Json,
         policy: Mapping[str, str],
         *,
-        config: str = CONFIG,
+        config: str | None = CONFIG,
+        change: Callable[[Json], None] = lambda planned: None,
         **injection: Any,
     ) -> Iterator[Pod]:
-        """The pod, injected and started."""
-        settings = Injection(image="sidecar", config="config", **injection)
-        maps = {"mcp-policy": policy, "config": {"config.yaml": config}}
+        """The pod, injected and started; `change` makes it another than the injector's."""
+        name = None if config is None else "config"
+        settings = Injection(image="sidecar", config=name, **injection)
+        maps = {"mcp-policy": policy, "config": {"config.yaml": config or ""}}
         folder = self.folder / f"pod-{len(list(self.folder.iterdir()))}"
         injected = plan(pod, ENABLED, settings)
+        change(injected)
         with Pod(injected, images=self.images, config_maps=maps, folder=folder) as found:
             yield found
 
@@ -96,7 +99,11 @@ def rig(opa_bin: Path, nft_usr: Path, tmp_path_factory: pytest.TempPathFactory) 
     (folder / "running").mkdir()
     images = {
         "sidecar": sidecar_image.image(folder / "image", opa_bin.resolve(), {"nftables": nft_usr}),
-        "app": Image(folders={str(ROOT): ROOT}, env={"PYTHONPATH": str(ROOT)}),
+        "app": Image(
+            folders={str(ROOT): ROOT},
+            over_usr=() if nft_usr == sidecar_image.USR else (nft_usr,),
+            env={"PYTHONPATH": str(ROOT)},
+        ),
     }
 
     def build(policy: Path) -> Json:

@@ -31,7 +31,7 @@ EXEMPT: dict[str, str] = {
     "cli/injecting.py": "tests/e2e/test_injector.py",
     "cli/pinning.py": "tests/e2e/test_pins.py",
     "cli/records.py": "tests/e2e/test_cli.py",
-    "cli/redirecting.py": "tests/e2e/test_injector.py",
+    "cli/redirecting.py": "tests/pods/test_redirect.py",
     "cli/running.py": "tests/e2e/test_cli.py",
     "cli/serving.py": "tests/e2e/test_cli.py",
     "config/readers.py": "tests/unit/config/test_keys.py",
