@@ -105,7 +105,8 @@ def soon(cluster: Cluster, the_injector: Injector) -> Iterator[str]:
     """An enabled namespace with a CronJob, made at the beginning: it is due within a minute."""
     name = f"space-{next(_numbers)}"
     create_namespace(cluster, name, ENABLED)
-    cluster.kubectl("create", "serviceaccount", "tickets", "-n", name)  # one of the goldens has it
+    for account in ("tickets", "support-bot"):  # that goldens have
+        cluster.kubectl("create", "serviceaccount", account, "-n", name)
     cluster.create(workload("CronJob", name))
     yield name
     cluster.kubectl("delete", "cronjob", "tickets", "-n", name)
@@ -458,6 +459,33 @@ def test_a_restricted_namespace(cluster: Cluster, space: Space) -> None:
     pod = cluster.create(pod_of(name, {"securityContext": RESTRICTED}))
     assert is_injected(pod)
     assert not any(breaks_restricted(each) for each in containers(pod))
+
+
+def redirected(namespace: str) -> Json:
+    """A pod that asks for mode `redirect`, and may have it."""
+    return annotated(pod_of(namespace, {"securityContext": RESTRICTED}), mode="redirect")
+
+
+@pytest.mark.parametrize("standard", ["restricted", "baseline"])
+def test_redirect_needs_a_namespace_that_lets_it(
+    cluster: Cluster, space: Space, standard: str
+) -> None:
+    name = space(**ENABLED, **{"pod-security.kubernetes.io/enforce": standard})
+    said = cluster.refused("create", "-f", "-", given=redirected(name))
+    assert f'violates PodSecurity "{standard}' in said
+    assert 'container "mcp-redirect" must not' in said
+
+
+def test_redirect(cluster: Cluster, enabled: str) -> None:
+    """Its first container is there, and nobody comes later who could lead around it."""
+    pod = cluster.create(redirected(enabled))
+    assert names(pod) == ["mcp-redirect", *OURS]
+    command = ("debug", enabled, "-n", enabled)
+    said = cluster.refused(*command, *DEBUG)
+    assert "container debugger does not say allowPrivilegeEscalation: false" in said
+    cluster.kubectl(*command, *DEBUG[:-1], "--profile=restricted")
+    said = cluster.refused("set", "image", f"pod/{enabled}", "-n", enabled, "mcp-redirect=evil:1")
+    assert "the sidecar's own containers can not be changed" in said
 
 
 AMOUNTS = {"cpu": "2", "memory": "1Gi"}
