@@ -250,6 +250,7 @@ KEYS: Mapping[str, Key] = {
     "limits.streams": number(1, 1_000_000, int),
     "limits.sessions": number(1, 1_000_000, int),
     "limits.children": number(1, 100_000, int),
+    "limits.body": number(0.1, 3600, int, float),
     "limits.connect": number(0.1, 300, int, float),
     "limits.response": number(0.1, 86_400, int, float, type(None)),
     "limits.drain": number(0, 600, int, float),

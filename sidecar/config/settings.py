@@ -128,6 +128,7 @@ class Limits:
     streams: int = 10_000  # open streams and subscriptions; beyond it no more are opened
     sessions: int = 10_000  # HTTP sessions that are remembered
     children: int = 100  # servers that `http -- COMMAND` runs at once: one for each session
+    body: float = 30.0  # seconds for an HTTP request's body to arrive, once its headers have
     connect: float = 5.0  # seconds to reach the upstream
     response: float | None = None  # seconds until its answer begins; None: tools may take hours
     drain: float = 10.0  # seconds that a shutdown waits for what is in flight

@@ -7,6 +7,7 @@ backend of its path; the server's side is there, and how its clients talk.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import resource
 from collections.abc import Hashable, Mapping
@@ -50,6 +51,13 @@ FILES = 32_768
 
 CLIENT_GONE = 499
 """Never seen by anybody."""
+
+
+class Unfinished(ProtocolError):
+    """A request whose body does not come; what is left of it is not read."""
+
+    code = "unfinished"
+    status = 408
 
 
 class HttpProxy:
@@ -204,10 +212,14 @@ class HttpProxy:
         if (request.content_length or 0) > limit:
             raise too_large
         body = bytearray()
-        async for part in request.content.iter_any():
-            body += part
-            if len(body) > limit:
-                raise too_large
+        try:
+            async with asyncio.timeout(self._limits.body):
+                async for part in request.content.iter_any():
+                    body += part
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise Unfinished(f"a body was not there within {self._limits.body:g} s") from None
         return bytes(body)
 
     def _exchange(
@@ -327,7 +339,7 @@ def _reply_to(error: ProtocolError) -> Response:
 
 def _refusal(error: ProtocolError) -> web.Response:
     response = web.json_response(body=encode(_reply_to(error)), status=error.status)
-    if isinstance(error, FrameTooLarge):
+    if isinstance(error, FrameTooLarge | Unfinished):
         response.force_close()
     return response
 

@@ -291,7 +291,7 @@ def test_a_pipe_that_is_flooded_still_answers(env: dict[str, str]) -> None:
 
 
 @contextmanager
-def limited(log: Path, env: dict[str, str], **limits: int) -> Iterator[tuple[Served, str]]:
+def limited(log: Path, env: dict[str, str], **limits: float) -> Iterator[tuple[Served, str]]:
     """A sidecar with such limits, and the address of the server behind it."""
     names = {f"MCP_SIDECAR_LIMITS__{name.upper()}": str(each) for name, each in limits.items()}
     with Process(permissive_server.command(log, "--transport", "http")) as server:
@@ -377,6 +377,15 @@ def test_clients_that_never_finish_hold_up_nobody(talker: Served) -> None:
     report("200 requests that never end", memory, calm, pressed)
     assert memory.growth < 16 * MEBIBYTE
     wait_until(lambda: holds_no_more(talker.pid, before), "their connections are closed")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(env: dict[str, str], tmp_path: Path) -> None:
+    whole = dump(call(1, "echo"))
+    with limited(tmp_path / "log", env, body=0.5) as (served, _), Wire(served.url) as wire:
+        wire.request(whole[:10], length=len(whole))
+        answer = wire.begin()
+        assert (answer.status, answer.will_close) == (408, True)
+        assert "result" in post(served.url, call(1)).message
 
 
 def test_bodies_beyond_the_bound_are_refused_and_others_are_served(talker: Served) -> None:

@@ -52,7 +52,7 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
     enforcement: {shadow: allowed, disclose: codes, denial: result}
     limits: {client_message: 2048, server_message: 4096, nesting: 32, calls_in_flight: 7,
       calls_per_actor: 5, streams: 6,
-      sessions: 8, children: 9, connect: 1.5, response: 30, drain: 0, catalog: 1}
+      sessions: 8, children: 9, body: 12, connect: 1.5, response: 30, drain: 0, catalog: 1}
     catalog: {pins: /etc/pins.json, refresh: 60, validate: true}
     resources: {refund_ticket: 'ticket:{id}', pay: 'account:{from.id}'}
     protocol: {big_integers: pass, methods: [vendor/ping]}
