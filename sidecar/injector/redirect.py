@@ -67,26 +67,27 @@ def _first(wish: Wish, injection: Injection) -> list[Json]:
 
 
 def _harmless(spec: Json, wish: Wish, injection: Injection) -> Iterator[str]:
-    """Nobody may be able to become the sidecar's user, or to undo the rules."""
+    """Nobody may be the sidecar's user, become it, or undo the rules."""
     pod = spec.get("securityContext") or {}
     for each in everybody(spec):
-        context = each.get("securityContext") or {}
+        name, context = each["name"], each.get("securityContext") or {}
+        user = context.get("runAsUser", pod.get("runAsUser"))
+        if user is None:
+            yield f"container {name} does not say runAsUser: its image may say the sidecar's"
         # A program may be its owner's, the sidecar's user, by its mode: that takes no capability.
         if context.get("allowPrivilegeEscalation") is not False:
-            yield f"container {each['name']} does not say allowPrivilegeEscalation: false"
-        if fatal := sorted(_fatal(pod, context)):
+            yield f"container {name} does not say allowPrivilegeEscalation: false"
+        if fatal := sorted(_fatal(user, context.get("capabilities") or {})):
             yield (
-                f"container {each['name']} may have {', '.join(fatal)}, which lead around the"
-                " sidecar: drop ALL capabilities, or say runAsNonRoot: true"
+                f"container {name} has {', '.join(fatal)}, which lead around the sidecar: drop ALL"
+                " capabilities, or be another user than root"
             )
 
 
-def _fatal(pod: Json, context: Json) -> frozenset[str]:
-    said, both = context.get("capabilities") or {}, {**pod, **context}
+def _fatal(user: int | None, said: Json) -> frozenset[str]:
     added, dropped = _names(said.get("add")), _names(said.get("drop"))
-    is_root = not both.get("runAsUser") and both.get("runAsNonRoot") is not True
-    by_default = HELD - dropped if is_root and "ALL" not in dropped else frozenset()
-    return FATAL if "ALL" in added else (FATAL & added) | by_default
+    held = HELD - dropped if user == 0 and "ALL" not in dropped else frozenset()
+    return FATAL if "ALL" in added else (FATAL & added) | held
 
 
 def _names(capabilities: list[str] | None) -> frozenset[str]:

@@ -463,7 +463,9 @@ def test_a_restricted_namespace(cluster: Cluster, space: Space) -> None:
 
 def redirected(namespace: str) -> Json:
     """A pod that asks for mode `redirect`, and may have it."""
-    return annotated(pod_of(namespace, {"securityContext": RESTRICTED}), mode="redirect")
+    user = {"runAsUser": 1001}
+    found = pod_of(namespace, {"securityContext": RESTRICTED}, securityContext=user)
+    return annotated(found, mode="redirect")
 
 
 @pytest.mark.parametrize("standard", ["restricted", "baseline"])

@@ -41,7 +41,7 @@ def redirected(*arguments: str, **spec: Any) -> Json:
          "securityContext": {**HARMLESS, "runAsUser": 0, "runAsGroup": 0}},
     ]  # fmt: skip
     found["spec"]["containers"] += others
-    container(found, "app")["securityContext"] = HARMLESS
+    container(found, "app")["securityContext"] = {**HARMLESS, "runAsUser": 1001}
     return annotated(found, mode="redirect")
 
 

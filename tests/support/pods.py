@@ -112,10 +112,12 @@ def _extras() -> st.SearchStrategy[Json]:
 
 _HARMLESS = st.sampled_from(
     [
-        {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        {"allowPrivilegeEscalation": False, "runAsNonRoot": True},
-        {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["NET_RAW", "CAP_SETUID"]}},
-        {"allowPrivilegeEscalation": False, "runAsUser": 1000},
+        {**no_more, "allowPrivilegeEscalation": False}
+        for no_more in (
+            {"runAsUser": 0, "capabilities": {"drop": ["ALL"]}},
+            {"runAsUser": 0, "capabilities": {"drop": ["NET_RAW", "CAP_SETUID"]}},
+            {"runAsUser": 1000},
+        )
     ]
 )
 

@@ -13,8 +13,9 @@ from sidecar.injector.plan import plan
 from sidecar.injector.verify import verify_changed
 from tests.support.pods import ENABLED, annotated, container, pod
 
-HELD: Json = {"allowPrivilegeEscalation": False}
+HELD: Json = {"allowPrivilegeEscalation": False, "runAsUser": 0}
 DROPPED: Json = {**HELD, "capabilities": {"drop": ["ALL"]}}
+SOMEBODY: Json = {**HELD, "runAsUser": 1000}
 
 
 def redirected(context: Json | None, **spec: Any) -> Json:
@@ -62,15 +63,16 @@ ESCALATES = "does not say allowPrivilegeEscalation: false"
 
 REFUSED: dict[str, tuple[Json | None, str]] = {
     "nothing said": (None, ESCALATES),
-    "nothing dropped": (HELD, "may have NET_RAW, SETUID"),
+    "no user": ({"allowPrivilegeEscalation": False, "runAsNonRoot": True}, "not say runAsUser"),
+    "the sidecar's user": ({**DROPPED, "runAsUser": 20001}, "reserved"),
+    "nothing dropped": (HELD, "has NET_RAW, SETUID"),
     "escalation": ({**DROPPED, "allowPrivilegeEscalation": True}, ESCALATES),
     "escalation of somebody": ({"runAsNonRoot": True, "runAsUser": 1000}, ESCALATES),
-    "one dropped": ({**HELD, "capabilities": {"drop": ["SETUID"]}}, "may have NET_RAW"),
-    "root by number": ({**HELD, "runAsUser": 0}, "may have NET_RAW, SETUID"),
+    "one dropped": ({**HELD, "capabilities": {"drop": ["SETUID"]}}, "has NET_RAW"),
     **{
         f"{name} added": (
-            {**HELD, "runAsNonRoot": True, "capabilities": {"drop": ["ALL"], "add": [name]}},
-            f"may have {name.removeprefix('CAP_')}",
+            {**SOMEBODY, "capabilities": {"drop": ["ALL"], "add": [name]}},
+            f"has {name.removeprefix('CAP_')}",
         )
         for name in (
             "BPF", "NET_ADMIN", "NET_RAW", "SETUID", "SYS_ADMIN", "SYS_MODULE", "SYS_PTRACE",
@@ -78,14 +80,12 @@ REFUSED: dict[str, tuple[Json | None, str]] = {
         )
     },
     "small letters": ({**DROPPED, "capabilities": {"drop": ["ALL"], "add": ["setuid"]}}, "SETUID"),
-    "all added": ({**HELD, "capabilities": {"drop": ["ALL"], "add": ["ALL"]}}, "may have BPF, NET"),
+    "all added": ({**HELD, "capabilities": {"drop": ["ALL"], "add": ["ALL"]}}, "has BPF, NET"),
 }  # fmt: skip
 
 ACCEPTED: dict[str, Json] = {
-    "all dropped": DROPPED,
-    "all dropped, but root": {**DROPPED, "runAsUser": 0},
-    "not root": {**HELD, "runAsNonRoot": True},
-    "somebody": {**HELD, "runAsUser": 1000},
+    "all dropped, but root": DROPPED,
+    "somebody": SOMEBODY,
     "what counts is dropped": {**HELD, "capabilities": {"drop": ["net_raw", "CAP_SETUID"]}},
     "what does not count is added": {
         **HELD,
@@ -105,16 +105,19 @@ def test_accepted(context: Json) -> None:
     assert plan(redirected(context), ENABLED, Injection()) != redirected(context)
 
 
-def test_the_pod_may_say_for_all_that_they_are_not_root() -> None:
-    found = redirected(HELD, securityContext={"runAsNonRoot": True})
+def test_the_pod_may_say_for_all_who_they_are() -> None:
+    escalates: Json = {"allowPrivilegeEscalation": False}
+    found = redirected(escalates, securityContext={"runAsUser": 1000})
     assert plan(found, ENABLED, Injection()) != found
+    with pytest.raises(InjectionRefused, match="has NET_RAW, SETUID"):
+        plan(redirected(escalates, securityContext={"runAsUser": 0}), ENABLED, Injection())
 
 
 @pytest.mark.parametrize("kind", ["initContainers", "containers"])
 def test_nobody_in_the_pod_may_get_around(kind: str) -> None:
     found = redirected(DROPPED)
     found["spec"].setdefault(kind, []).append({"name": "other", "image": "x"})
-    with pytest.raises(InjectionRefused, match="container other does not say"):
+    with pytest.raises(InjectionRefused, match="container other does not say runAsUser"):
         plan(found, ENABLED, Injection())
     found["spec"][kind][-1]["securityContext"] = DROPPED
     assert plan(found, ENABLED, Injection()) != found
