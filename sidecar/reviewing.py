@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import cast
 
-import aiohttp
-
+from sidecar.api_server import ApiServer, Unreachable
 from sidecar.errors import RefusalCode, Unauthenticated
 from sidecar.policy import reviews, tokens
 from sidecar.policy.issuers import Issuer, Review
@@ -35,85 +33,10 @@ MAX_ANSWER = 256 * 1024
 MAX_REFUSED = 1000
 
 
-class Unreachable(Exception):
-    """The API server can not be asked; why, without anything that is secret."""
-
-
-class ApiServer:
-    """Where reviews are put, over connections that are kept."""
-
-    def __init__(self, review: Review) -> None:
-        self._review = review
-        self._url = review.url.rstrip("/") + reviews.PATH
-        self._session: aiohttp.ClientSession | None = None
-        self._trust: ssl.SSLContext | bool = True
-        self._trusted: tuple[int, ...] | None = None
-
-    async def __call__(self, body: bytes) -> bytes:
-        """The answer to a review.
-
-        Raises:
-            Unreachable: not reached, refused, or more than an answer.
-        """
-        try:
-            headers = self._headers()
-            async with self._open().post(
-                self._url, data=body, headers=headers, ssl=self._trusting(), allow_redirects=False
-            ) as response:
-                if response.status not in (200, 201):
-                    raise Unreachable(_REFUSED.get(response.status, f"it says {response.status}"))
-                return await _body(response)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            file = getattr(error, "filename", None)
-            raise Unreachable(f"{type(error).__name__}{f': {file}' if file else ''}") from error
-
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False
-            )
-        return self._session
-
-    def _headers(self) -> dict[str, str]:
-        """With the sidecar's own token, which is read each time: such tokens are rotated."""
-        own = Path(self._review.token_file).read_text("ascii").strip()
-        return {
-            "Authorization": f"Bearer {own}",
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-        }
-
-    def _trusting(self) -> ssl.SSLContext | bool:
-        """The authorities that the server is checked by, read again when their file changes."""
-        if self._review.ca is not None:
-            stat = Path(self._review.ca).stat()
-            stamp = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-            if stamp != self._trusted:
-                self._trust = ssl.create_default_context(cafile=self._review.ca)
-                self._trusted = stamp
-        return self._trust
-
-
 _REFUSED = {
     401: "it says 401: the sidecar's own token is not taken",
     403: "it says 403: the sidecar may not create tokenreviews (system:auth-delegator lets it)",
 }
-
-
-async def _body(response: aiohttp.ClientResponse) -> bytes:
-    content = bytearray()
-    async for chunk in response.content.iter_any():
-        content += chunk
-        if len(content) > MAX_ANSWER:
-            raise Unreachable(f"its answer has more than {MAX_ANSWER} bytes")
-    return bytes(content)
 
 
 class Reviewer:
@@ -123,8 +46,9 @@ class Reviewer:
         self, issuer: Issuer, review: Review, now: Clock, post: Post | None = None
     ) -> None:
         self._issuer, self._review, self._now = issuer, review, now
-        self._server = ApiServer(review)
-        self._post = post or self._server
+        authorities = None if review.ca is None else Path(review.ca)
+        self._server = ApiServer(review.url, Path(review.token_file), authorities, MAX_ANSWER)
+        self._post = post or self._posted
         self._room = asyncio.Semaphore(review.concurrent)
         self._going: dict[bytes, asyncio.Task[Token]] = {}
         self._refused: Bounded[bytes, tuple[float, RefusalCode, str]] = Bounded(MAX_REFUSED)
@@ -196,6 +120,12 @@ class Reviewer:
                 return await self._post(body)
         except TimeoutError as error:
             raise Unreachable(f"it did not answer within {limit:g} s") from error
+
+    async def _posted(self, body: bytes) -> bytes:
+        status, answer = await self._server.send("POST", reviews.PATH, body)
+        if status not in (200, 201):
+            raise Unreachable(_REFUSED.get(status, f"it says {status}"))
+        return answer
 
     def _count(self) -> None:
         second = int(self._now())

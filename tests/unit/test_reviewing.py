@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from sidecar.api_server import Unreachable
 from sidecar.errors import Unauthenticated
 from sidecar.keys import Authenticator
 from sidecar.policy.issuers import Review
 from sidecar.policy.tokens import Token
-from sidecar.reviewing import MAX_REFUSED, Unreachable
+from sidecar.reviewing import MAX_REFUSED
 from tests.support.api_server import refused, taken
 from tests.support.issuing import AUDIENCE, NOW, account_claims, cluster, issuer, signer
 
