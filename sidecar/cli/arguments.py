@@ -271,20 +271,48 @@ def _add_injector(modes: argparse._SubParsersAction[Parser]) -> None:
         help="the user who reaches the server: the sidecar's")  # fmt: skip
     rules.add_argument("--address", metavar="IP", type=_addresses, default=(),
         help="the pod's own, with commas between them")  # fmt: skip
-    served = modes.add_parser("webhook", help="serve the injector to the API server",
-        description="Serve the mutating and the validating admission controller over TLS. The "
-        "certificate is read again when it changes.",
-    )  # fmt: skip
-    served.add_argument("--listen", metavar="HOST:PORT", default="0.0.0.0:8443")
-    served.add_argument("--cert", metavar="FILE", required=True, help="PEM, with the chain")
-    served.add_argument("--key", metavar="FILE", required=True, help="PEM, without a password")
-    served.add_argument("--health", metavar="HOST:PORT", default="127.0.0.1:8081",
-        help="plain /healthz and /metrics (default: %(default)s)")  # fmt: skip
+    _add_webhook(modes)
     for each in (inject, uninject, why):
         each.add_argument("-f", metavar="FILE", dest="file", required=True, help="- is stdin")
-    for each in (inject, why, served):
-        each.add_argument("--config", metavar="FILE", help="YAML: what is injected")
-        each.add_argument("--image", metavar="IMAGE", help="of sidecar and OPA")
+    for each in (inject, why):
+        _add_injected(each)
+
+
+def _add_injected(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML: what is injected")
+    parser.add_argument("--image", metavar="IMAGE", help="of sidecar and OPA")
+
+
+def _add_webhook(modes: argparse._SubParsersAction[Parser]) -> None:
+    served = modes.add_parser("webhook", help="serve the injector to the API server",
+        description="Serve the mutating and the validating admission controller over TLS, with a "
+        "certificate from files, which are read again when they change, or with one that the "
+        "injector makes and renews itself.",
+    )  # fmt: skip
+    _add_injected(served)
+    served.add_argument("--listen", metavar="HOST:PORT", default="0.0.0.0:8443")
+    served.add_argument("--health", metavar="HOST:PORT", default="127.0.0.1:8081",
+        help="plain /healthz, /readyz and /metrics (default: %(default)s)")  # fmt: skip
+    files = served.add_argument_group("a certificate from files")
+    files.add_argument("--cert", metavar="FILE", help="PEM, with the chain")
+    files.add_argument("--key", metavar="FILE", help="PEM, without a password")
+    own = served.add_argument_group("a certificate of its own")
+    own.add_argument("--self-signed", action="store_true",
+        help="make authority and certificate, keep them in a Secret of the injector's namespace, "
+        "and have both webhook configurations believe them, and nobody else")  # fmt: skip
+    own.add_argument("--secret", metavar="NAME", default="mcp-opa-sidecar-injector-tls",
+        help="default: %(default)s")  # fmt: skip
+    own.add_argument("--service", metavar="NAME", default="mcp-opa-sidecar-injector",
+        help="whose certificate it is (default: %(default)s)")  # fmt: skip
+    own.add_argument("--host", metavar="NAME", action="append", default=[], dest="hosts",
+        help="one more name or address of it; may be repeated")  # fmt: skip
+    own.add_argument("--registration", metavar="NAME", default="mcp-opa-sidecar",
+        help="of both webhook configurations (default: %(default)s)")  # fmt: skip
+    cluster = served.add_argument_group("the API server, for own certificates and for Events")
+    cluster.add_argument("--api-server", metavar="URL", help="default: that of the own cluster")
+    cluster.add_argument("--account", metavar="DIR",
+        default="/var/run/secrets/kubernetes.io/serviceaccount",
+        help="token, ca.crt and namespace of a service account (default: %(default)s)")  # fmt: skip
 
 
 def _port(text: str) -> int:

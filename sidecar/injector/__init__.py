@@ -12,7 +12,12 @@
     firewall    the rules of mode redirect, as text
     verify      whether a pod, as somebody wants to have it, is what a plan makes of some pod
     admission   reviews of the API server, answered by both; `patch` says what changed
-      └── webhook     the same, served
+      ├── webhook     the same, served and counted: `metrics`
+      └── events      refusals, told to whoever looks at the workload
+    keeping     a certificate that the injector makes itself, shared by all replicas
+      ├── rotation      what is due, given what there is and the time
+      ├── certificates  authorities and certificates, and how a Secret keeps them
+      └── cluster       the API server, for certificates and Events
     manifests   streams of YAML, of which only what is injected changes a byte
       └── workloads   where the pods are in a Deployment, a CronJob, a List
     injection   the settings: what is injected, and what only the operator may choose

@@ -30,6 +30,25 @@ class Namespace:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
+DAY = 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """Of certificates that the injector makes itself, in seconds."""
+
+    authority: float = 365 * DAY
+    leaf: float = 30 * DAY  # another one is made after two thirds of it
+    overlap: float = DAY  # for how long an authority is believed before it signs
+    look: float = 60.0  # how often each replica looks, if nothing is wrong
+
+    def __post_init__(self) -> None:
+        if 3 * (self.leaf + self.overlap) > self.authority:
+            raise ValueError("authority has to be three times leaf and overlap together")
+        if 6 * self.look > self.leaf or 2 * self.look > self.overlap:
+            raise ValueError("look has to be at most half of overlap, and a sixth of leaf")
+
+
 def _resources(cpu: str, memory: str, most: str) -> Json:
     return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": most}}
 
@@ -49,6 +68,8 @@ class Injection:
     policy: str = "mcp-policy"  # ConfigMap of the pod's namespace, as `policy build` writes it
     config: str | None = None  # ConfigMap of the pod's namespace with the sidecar's `config.yaml`
     otlp: str | None = None  # base URL of the collector
+    events: bool = True  # about refused pods, where the injector may speak with the API server
+    certificates: Lifetimes = Lifetimes()  # of those that it makes itself
     sidecar_resources: Mapping[str, Any] = field(
         default_factory=lambda: _resources("50m", "96Mi", "384Mi")
     )
@@ -79,6 +100,7 @@ def read(document: Any) -> Injection:
 
 _QUANTITY = r"[0-9]+(\.[0-9]+)?([EPTGMK]i|[EPTGMkmun])?"
 
+_seconds = number(1, 3660 * DAY, int, float)
 _name = text("the name of a ConfigMap", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _id = number(1, 2**31 - 1, int)
 _flag = a_value("true or false", lambda value: isinstance(value, bool))
@@ -97,6 +119,10 @@ FIELDS = Record(
         "policy": _name,
         "config": _name,
         "otlp": text("an http(s) URL", r"https?://[^\s\"']{1,512}"),
+        "events": _flag,
+        "certificates": Record(
+            dict.fromkeys(("authority", "leaf", "overlap", "look"), _seconds), (), Lifetimes
+        ),
         "sidecar_resources": _limits,
         "opa_resources": _limits,
     },

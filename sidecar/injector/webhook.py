@@ -1,19 +1,23 @@
 """The admission controllers, served to the API server over TLS.
 
-Nothing here has a side effect: what a dry run is asked is answered alike.
+What is asked is answered from the question alone. Of a refusal others are told afterwards.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
-from collections import Counter
+import time
+from collections.abc import Callable
 
 from aiohttp import web
 
 from sidecar.errors import MalformedMessage
-from sidecar.injector.admission import HALVES, Unreadable, review
-from sidecar.injector.injection import Injection
+from sidecar.injector.admission import HALVES, Answer, Unreadable, review
+from sidecar.injector.events import regarding
+from sidecar.injector.injection import Injection, Json
+from sidecar.injector.metrics import Metrics
 from sidecar.protocol.jsonrpc import parse_json
 
 log = logging.getLogger("sidecar.injector")
@@ -21,37 +25,61 @@ log = logging.getLogger("sidecar.injector")
 MAX_BODY = 8 * 1024 * 1024
 """Bytes of a review, which has the pod twice; etcd keeps no object above 1.5 MiB."""
 
+PATIENCE = 3.0
+"""Seconds for a review to arrive; the API server itself gives up after five."""
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 SCOPES = {"pod": False, "namespace": True}
 """By what the API server has selected: the pod's own label, or its namespace's."""
+
+Refused = Callable[[Json, Answer], None]
+"""Is told of a request that was refused; it must neither wait nor fail."""
 
 
 class Reviews:
     """Answers reviews, and counts the answers."""
 
-    def __init__(self, injection: Injection) -> None:
-        self._injection = injection
-        self.counts: Counter[tuple[str, str]] = Counter()
+    def __init__(
+        self, injection: Injection, metrics: Metrics, refused: Refused | None = None
+    ) -> None:
+        self._injection, self.metrics, self._refused = injection, metrics, refused
 
     async def answer(self, request: web.Request) -> web.Response:
         """`POST /mutate/…` and `/validate/…`; the API server adds a query, which says nothing."""
-        half, scope = request.match_info["half"], request.match_info["scope"]
+        half, began = request.match_info["half"], time.perf_counter()
+        outcome = "failed"
         try:
-            body = parse_json(await request.read())
-            found, answer = review(body, half, SCOPES[scope], self._injection)
+            outcome, response = await self._answered(request, half)
+        except web.HTTPRequestEntityTooLarge:
+            outcome = "unreadable"
+            raise
+        finally:
+            self.metrics.reviewed(half, outcome, time.perf_counter() - began)
+        return response
+
+    async def _answered(self, request: web.Request, half: str) -> tuple[str, web.Response]:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                text = await request.read()
+            body = parse_json(text)
+            enabled = SCOPES[request.match_info["scope"]]
+            found, answer = review(body, half, enabled, self._injection)
+        except TimeoutError:
+            return "late", web.Response(status=408, text="the review did not arrive in time\n")
         except (MalformedMessage, Unreadable) as error:
-            self.counts[half, "unreadable"] += 1
-            return web.Response(status=400, text=f"{error}\n")
-        self.counts[half, answer.outcome] += 1
+            return "unreadable", web.Response(status=400, text=f"{error}\n")
         if answer.reason:
             log.info("%s: %s: %s", half, answer.outcome, answer.reason)
-        return web.json_response(found)
+        if not answer.allowed and isinstance(body, dict):
+            self._say_refused(half, body["request"], answer)
+        return answer.outcome, web.json_response(found)
 
-    def metrics(self) -> str:
-        """The counts as Prometheus text."""
-        lines = ["# TYPE injector_reviews_total counter"]
-        for (half, outcome), count in sorted(self.counts.items()):
-            lines.append(f'injector_reviews_total{{webhook="{half}",outcome="{outcome}"}} {count}')
-        return "\n".join(lines) + "\n"
+    def _say_refused(self, half: str, request: Json, answer: Answer) -> None:
+        about = regarding(request)
+        self.metrics.refused(half, str(request.get("operation")), about["kind"])
+        if self._refused is not None:
+            self._refused(request, answer)
 
 
 async def serve_webhook(
@@ -69,9 +97,9 @@ async def serve_webhook(
 
 
 async def serve_health(
-    reviews: Reviews, host: str, port: int
+    metrics: Metrics, unready: Callable[[], str | None], host: str, port: int
 ) -> tuple[web.AppRunner, tuple[str, int]]:
-    """Serve `/healthz` and `/metrics` in plain text.
+    """Serve `/healthz`, `/readyz` and `/metrics` in plain text.
 
     Raises:
         OSError: the address can not be had.
@@ -80,12 +108,17 @@ async def serve_health(
     async def healthz(request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
-    async def metrics(request: web.Request) -> web.Response:
-        return web.Response(text=reviews.metrics())
+    async def readyz(request: web.Request) -> web.Response:
+        why = unready()
+        return web.Response(status=503 if why else 200, text=f"{why or 'ok'}\n")
+
+    async def counted(request: web.Request) -> web.Response:
+        return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     application = web.Application(client_max_size=0)
     application.router.add_get("/healthz", healthz)
-    application.router.add_get("/metrics", metrics)
+    application.router.add_get("/readyz", readyz)
+    application.router.add_get("/metrics", counted)
     return await _serve(application, host, port, None)
 
 

@@ -9,6 +9,7 @@ in a callback for the server's name would leave parts of the first one in force.
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,32 @@ class Listening(ssl.SSLContext):
         return self._newest
 
 
+class Handed(ssl.SSLContext):
+    """The listener's context where certificates are in no file: each connection is of the newest.
+
+    Until `use` is called there is none, and no handshake succeeds.
+    """
+
+    def __new__(cls) -> Handed:  # noqa: D102 (the base class needs its argument here)
+        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+
+    def __init__(self) -> None:
+        self._newest = _bare()
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        """The beginning of a connection."""
+        return self._newest.wrap_bio(*args, **kwargs)
+
+    def use(self, chain: bytes, key: bytes) -> None:
+        """Take these for connections from now on. OpenSSL reads files alone: this one is memory."""
+        made = _bare()
+        with open(os.memfd_create("tls", os.MFD_CLOEXEC), "wb") as file:  # noqa: PTH123 (no path)
+            file.write(key + chain)
+            file.flush()
+            made.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        self._newest = made
+
+
 def check(settings: Settings) -> None:
     """Look at the files, and at who clients with certificates then are.
 
@@ -90,10 +117,7 @@ def context(tls: Tls) -> ssl.SSLContext:
     problems = _problems(tls)
     if problems:
         raise ConfigError(problems)
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
-    made.options |= ssl.OP_NO_TICKET  # who resumes a session is not verified again
-    made.num_tickets = 0
+    made = _bare()
     try:
         made.load_cert_chain(tls.cert, tls.key, password=lambda: "")
         if tls.client_ca is not None:
@@ -102,6 +126,14 @@ def context(tls: Tls) -> ssl.SSLContext:
             made.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
     except OSError as error:  # of which SSLError is one
         raise ConfigError(f"tls: {_why(error)}") from error
+    return made
+
+
+def _bare() -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.options |= ssl.OP_NO_TICKET  # who resumes a session is not verified again
+    made.num_tickets = 0
     return made
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
-import ssl
+import re
+import socket
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 import yaml
 
 from tests.support.certificates import Authority
-from tests.support.processes import Process, get, sidecar
+from tests.support.processes import Process, environment, get, sidecar, wait_until
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "injector"
 CASES = sorted(each.name.removesuffix(".before.yaml") for each in GOLDENS.glob("*.before.yaml"))
@@ -97,8 +100,16 @@ def test_nothing_is_written_when_one_is_refused() -> None:
 class Webhook:
     """A running one, asked as the API server asks."""
 
-    def __init__(self, url: str, health: str, trust: ssl.SSLContext) -> None:
-        self.url, self.health, self.trust = url, health, trust
+    def __init__(self, process: Process, authority: Authority) -> None:
+        self.process, self.trust, self.ends = process, authority.trusting(), 0.0
+        self.url = process.wait_for(r"reviewing pods on (https://[0-9.:]+)")[1]
+        self.health = process.wait_for(r"/metrics on (http://[0-9.:]+)")[1]
+
+    def metric(self, name: str) -> float:
+        """The value of a series; 0 where there is none yet."""
+        text = get(f"{self.health}/metrics")[1].decode()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
     def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         request = urllib.request.Request(f"{self.url}{path}?timeout=5s", body)
@@ -109,30 +120,39 @@ class Webhook:
         except urllib.error.HTTPError as error:
             return error.code, error.read()
 
-    def review(self, half: str, pod: Json, namespace: str = "support") -> Json:
+    def ask(self, half: str, pod: Json, **more: Any) -> tuple[int, bytes]:
         request = {
             "uid": "1", "kind": {"kind": "Pod", "version": "v1", "group": ""},
-            "namespace": namespace, "operation": "CREATE", "object": pod, "dryRun": True,
+            "namespace": "support", "operation": "CREATE", "object": pod, "dryRun": True, **more,
         }  # fmt: skip
         body = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}
-        status, answer = self.post(f"/{half}/namespace", json.dumps(body).encode())
+        return self.post(f"/{half}/namespace", json.dumps(body).encode())
+
+    def review(self, half: str, pod: Json, namespace: str = "support") -> Json:
+        status, answer = self.ask(half, pod, namespace=namespace)
         assert status == 200, answer
         response: Json = json.loads(answer)["response"]
         return response
 
 
+@contextmanager
+def running(command: list[str], authority: Authority | None = None) -> Iterator[Webhook]:
+    with Process(command) as process:
+        yield Webhook(process, authority or Authority())
+
+
 @pytest.fixture(scope="module")
 def webhook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webhook]:
     folder, authority = tmp_path_factory.mktemp("webhook"), Authority()
-    cert, key = authority.server().saved(folder, "server")
+    issued = authority.server()
+    cert, key = issued.saved(folder, "server")
     command = sidecar(
         "webhook", "--listen", "127.0.0.1:0", "--health", "127.0.0.1:0", "--image", IMAGE,
         "--cert", cert, "--key", key,
     )  # fmt: skip
-    with Process(command) as process:
-        url = process.wait_for(r"reviewing pods on (https://[0-9.:]+)")[1]
-        health = process.wait_for(r"/metrics on (http://[0-9.:]+)")[1]
-        yield Webhook(url, health, authority.trusting())
+    with running(command, authority) as made:
+        made.ends = issued.certificate.not_valid_after_utc.timestamp()
+        yield made
 
 
 def pods_in(manifest: Any) -> Iterator[tuple[str, Json]]:
@@ -197,8 +217,129 @@ def test_too_large_and_elsewhere(webhook: Webhook) -> None:
     assert webhook.post("/mutate/node", b"{}")[0] == 404
 
 
+def test_a_review_that_does_not_arrive_is_given_up(webhook: Webhook) -> None:
+    """Before the API server itself gives up, and by somebody who says so."""
+    host, port = webhook.url.removeprefix("https://").split(":")
+    began = time.monotonic()
+    with (
+        socket.create_connection((host, int(port)), 10) as plain,
+        webhook.trust.wrap_socket(plain, server_hostname=host) as connection,
+    ):
+        connection.sendall(b"POST /mutate/pod HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        assert b" 408 " in connection.recv(64)
+    assert time.monotonic() - began < 5
+    assert webhook.metric('injector_reviews_total{outcome="late",webhook="mutate"}') == 1
+
+
 def test_health_and_counts(webhook: Webhook) -> None:
     webhook.review("mutate", {"metadata": {}, "spec": {"containers": []}}, "kube-system")
-    assert get(f"{webhook.health}/healthz")[0] == 200
+    for path in ("healthz", "readyz"):
+        assert get(f"{webhook.health}/{path}") == (200, b"ok\n")
+    skipped = webhook.metric('injector_reviews_total{outcome="skipped",webhook="mutate"}')
+    webhook.review("mutate", {"metadata": {}, "spec": {"containers": []}}, "kube-system")
+    webhook.post("/mutate/pod", b"")
+    after = webhook.metric('injector_reviews_total{outcome="skipped",webhook="mutate"}')
+    assert after == skipped + 1 > 1
+    assert webhook.metric('injector_reviews_total{outcome="unreadable",webhook="mutate"}') >= 1
+    assert webhook.metric('injector_review_seconds_count{webhook="mutate"}') >= 3
+    expiry = webhook.metric("injector_certificate_expiry_timestamp_seconds")
+    assert expiry == webhook.ends
+
+
+@pytest.mark.parametrize("operation", ["CREATE", "UPDATE", "x" * 100, None, 7])
+@pytest.mark.parametrize("metadata", [{}, {"ownerReferences": 7}, {"ownerReferences": [7]}, []])
+def test_whatever_is_refused_is_counted_by_few_names(
+    webhook: Webhook, operation: Any, metadata: Any
+) -> None:
+    pod = {"metadata": metadata, "spec": {"containers": [{"name": "app", "image": "x"}]}}
+    status, _ = webhook.ask("mutate", pod, operation=operation, oldObject=pod)
+    assert status in (200, 400)
     text = get(f"{webhook.health}/metrics")[1].decode()
-    assert 'injector_reviews_total{webhook="mutate",outcome="skipped"}' in text
+    assert set(re.findall('operation="([^"]*)"', text)) <= {"CREATE", "UPDATE", "other"}
+
+
+# ── Its certificate, and the API server ───────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "a certificate is needed: --cert and --key, or --self-signed"),
+        (["--cert", "x"], "a certificate is needed"),
+        (["--cert", "x", "--key", "y"], "tls.cert: x can not be read"),
+        (["--self-signed", "--cert", "x", "--account", "{}"], "say one of the two"),
+        (["--self-signed", "--account", "/nowhere"], "/nowhere has no token of a service account"),
+        (["--self-signed", "--account", "{}", "--secret", "a/b"], "--secret: 'a/b' is not a name"),
+        (["--self-signed", "--account", "{}", "--service", ""], "--service: '' is not a name"),
+        (["--self-signed", "--account", "{}", "--host", "a b"], "--host: 'a b' is no name"),
+    ],
+)
+def test_what_can_not_be_meant(account: Path, flags: list[str], said: str) -> None:
+    line = sidecar("webhook", *(each.format(account) for each in (*flags, *NOWHERE)))
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 125
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_outside_of_a_cluster_it_has_to_be_told_where_one_is(account: Path) -> None:
+    line = sidecar("webhook", "--self-signed", "--account", account)
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=60, check=False, env=environment()
+    )
+    assert done.returncode == 125
+    assert done.stderr.splitlines()[-1] == (
+        "mcp-sidecar: --api-server has to be said outside of a cluster"
+    )
+
+
+NOWHERE = ("--api-server", "https://127.0.0.1:1", "--listen=127.0.0.1:0", "--health=127.0.0.1:0")
+"""An API server that nobody is."""
+
+
+@pytest.fixture
+def account(tmp_path: Path) -> Path:
+    """A service account, as a folder."""
+    folder = tmp_path / "account"
+    folder.mkdir()
+    (folder / "token").write_text("token")
+    (folder / "namespace").write_text("system")
+    (folder / "ca.crt").write_bytes(Authority().pem)
+    return folder
+
+
+def test_without_an_api_server_there_is_no_certificate(account: Path) -> None:
+    command = sidecar("webhook", "--self-signed", "--account", account, *NOWHERE)
+    with running(command) as made:
+        made.process.wait_for("what there is stays in use: ClientConnectorError")
+        assert get(f"{made.health}/healthz")[0] == 200
+        status, why = get(f"{made.health}/readyz")
+        assert status == 503
+        assert why.startswith(b"there is no certificate: ")
+        with pytest.raises(urllib.error.URLError):
+            made.post("/mutate/pod", b"{}")
+        errors = 'injector_cluster_errors_total{what="registration"}'
+        wait_until(lambda: made.metric(errors) > 1, "it tries again")
+        assert made.metric("injector_certificate_expiry_timestamp_seconds") == 0
+        began = time.monotonic()
+        assert made.process.stop() == 0
+        assert time.monotonic() - began < 5
+
+
+def test_no_answer_waits_for_an_event(account: Path, tmp_path: Path) -> None:
+    authority = Authority()
+    cert, key = authority.server().saved(tmp_path, "server")
+    command = sidecar(
+        "webhook", "--account", account, "--cert", cert, "--key", key, *NOWHERE
+    )  # fmt: skip
+    bad: Json = {"metadata": {}, "spec": {"containers": [{"name": "app", "image": "x"}]}}
+    with running(command, authority) as made:
+        began = time.monotonic()
+        for number in range(20):
+            bad["metadata"] = {"name": f"bad-{number}"}
+            status, answer = made.ask("mutate", bad, dryRun=False)
+            assert (status, json.loads(answer)["response"]["allowed"]) == (200, False)
+        assert time.monotonic() - began < 5
+        failed = 'injector_events_total{result="failed"}'
+        wait_until(lambda: made.metric(failed) > 0, "the API server was tried")
+        assert get(f"{made.health}/readyz")[0] == 200

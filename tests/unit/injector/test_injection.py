@@ -20,6 +20,8 @@ def test_what_is_said_is_taken() -> None:
     assert (found.image, found.native, found.opa_id, found.otlp) == tuple(said.values())
     assert found.sidecar_resources == {"limits": {"cpu": "1"}}
     assert found.opa_resources == Injection().opa_resources
+    assert read({"certificates": {"look": 5}}).certificates.look == 5
+    assert read({"events": False}).events is False
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,11 @@ def test_what_is_said_is_taken() -> None:
             "opa_resources.requests.cpu: must be",
             id="no quantity",
         ),
+        pytest.param({"events": "no"}, "events: must be", id="a word for no"),
+        pytest.param({"certificates": {"leaf": 0}}, "certificates.leaf: must be", id="no life"),
+        pytest.param({"certificates": {"leafs": 9}}, "did you mean 'leaf'", id="a typo, deep"),
+        pytest.param({"certificates": {"authority": 3600}}, "three times", id="too short"),
+        pytest.param({"certificates": {"look": 90000}}, "half of overlap", id="too seldom"),
         pytest.param({"opa_resources": {"request": {}}}, "did you mean 'requests'", id="deep"),
     ],
 )
