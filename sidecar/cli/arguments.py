@@ -153,7 +153,7 @@ def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
         "http",
         help="HTTP in front of an HTTP server, or of a stdio server",
         usage="mcp-sidecar http [OPTIONS] --listen HOST:PORT "
-        "(--upstream [NAME=]URL ... | -- COMMAND [ARG...])",
+        "(--upstream [NAME=]URL | -- COMMAND [ARG...])",
         description="Listen for MCP clients and stand between them and the server at URL, or a "
         "server that COMMAND starts, anew for each session, and that is served at /mcp.",
         epilog=OPTIONS_EPILOG,
