@@ -94,6 +94,7 @@ def _observe(traces: Telemetry, pipeline: Pipeline, readiness: Readiness) -> Non
     traces.observe("authz.opa.up", lambda: readiness.error is None)
     traces.observe("authz.policy.info", revision)
     traces.observe("authz.policy.age", age)
+    traces.observe("authz.policy.lagging", lambda: readiness.lagging)
 
 
 def _watched(
@@ -116,6 +117,7 @@ def _watched(
         ),
         settings.opa,
         own=own,
+        stamp=None if settings.opa.stamp is None else opa.Stamp(settings.opa.stamp),
         on_change=lambda _revision, _watermark: pipeline.policy_changed(),
     )
     for step, name in ((pipeline.open.step, "rechecking"), (pipeline.lists.step, "relisting")):

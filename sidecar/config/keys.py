@@ -223,7 +223,7 @@ KEYS: Mapping[str, Key] = {
     "upstreams": [Record(UPSTREAM_KEYS, ("url",), _upstream)],
     "listen": _address(15801),
     "admin": lambda value: None if value == "off" else _address(15820)(value),
-    "policy.dir": _file,
+    **dict.fromkeys(("policy.dir", "policy.stamp"), _file),
     "policy.opa": text("a URL, or unix:///PATH of a socket", f"{_URL}|unix:///[!-~]*[!-.0-~]"),
     **dict.fromkeys(("policy.deadline", "policy.listing_deadline"), _seconds),
     **dict.fromkeys(("policy.poll", "policy.canary"), _seconds),

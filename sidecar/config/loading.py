@@ -44,6 +44,7 @@ _VERIFIED = (*_SOURCES, "identity.required")
 _PIPED = ("identity.token_file", "identity.token_fd")
 _NOBODY = "nobody could come in: jwt, kubernetes, proxy or spiffe says whose credentials count"
 _TWO = "two servers: -- COMMAND, and --upstream URL"
+_OWN_STAMP = "policy.stamp: is for policy.opa; an own OPA is watched as it is"
 _ALONE = "listen on 127.0.0.1, or set identity.static_for_all"
 # Kubernetes sets these in every pod beside a Service whose name begins with `mcp-sidecar`.
 _SERVICE = re.compile(r"_SERVICE_(HOST|PORT\w*)=|_PORT_\d+_(TCP|UDP|SCTP)\w*=|_PORT=\w+://")
@@ -155,6 +156,7 @@ def _disagreements(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]
     rules: tuple[tuple[object, str], ...] = (
         (not policies, "no policy: --policy DIR (own OPA), or --opa URL|unix:///PATH, is needed"),
         (len(policies) > 1, "policy.dir (--policy) and policy.opa (--opa) exclude each other"),
+        ("policy.stamp" in given and "policy.dir" in given, _OWN_STAMP),
         (source == "static" and not acting, "identity.static (or --actor TYPE:ID) is needed"),
         (not acting and "identity.static" in given, "identity.static: but identity.source is none"),
         (acting and not alone, f"listen: {listen} makes everybody the static actor; {_ALONE}"),

@@ -60,6 +60,7 @@ class Opa:
     tools: Path = Path("/nonexistent")  # folder that `make` fills with tools: CACHE/bin
     poll: float = 0.5  # seconds between looks at the policy folder; an edit is in force within 2 s
     canary: float = 2.0  # seconds between readiness questions
+    stamp: Path | None = None  # file of data with `mcp.revision`, which `url` is to serve in 5 s
     decision_log: Literal["off", "console"] = "off"  # `console`: the own OPA's, masked, to stderr
 
 

@@ -5,7 +5,8 @@
 """
 
 from sidecar.opa.client import DecisionClient
+from sidecar.opa.expected import Stamp
 from sidecar.opa.own import OpaTracing, OwnOpa
 from sidecar.opa.readiness import Readiness, question
 
-__all__ = ["DecisionClient", "OpaTracing", "OwnOpa", "Readiness", "question"]
+__all__ = ["DecisionClient", "OpaTracing", "OwnOpa", "Readiness", "Stamp", "question"]

@@ -27,6 +27,7 @@ from sidecar.config import Opa
 from sidecar.errors import DecisionError, PolicyUnusable
 from sidecar.opa.background import Background
 from sidecar.opa.client import DecisionClient
+from sidecar.opa.expected import Expected
 from sidecar.opa.folder import (
     Fingerprint,
     assemble,
@@ -44,7 +45,6 @@ from sidecar.protocol.jsonrpc import JsonObject, dump_json
 logger = logging.getLogger("sidecar.opa")
 
 START_PATIENCE = 10.0  # seconds until OPA serves its first policy
-IN_FORCE_PATIENCE = 5.0  # seconds until a revision that passed the check has to be served
 SETTLE = 0.1  # seconds between two looks that have to agree before an edit is taken
 SHORTEST_BACKOFF, LONGEST_BACKOFF = 0.1, 2.0
 BATCH_MS = 100  # how long OPA holds a span before it sends it
@@ -101,7 +101,7 @@ class OwnOpa:
     It is restarted when it ends, and never outlives this process. The folder is looked at every
     `settings.poll` seconds; an edit that passes the check is in force within 2 s, one that does not
     is `rejected`, `{"at": RFC 3339, "error": first lines}`, until the next good one.
-    `expected` is the revision that passed the check last, `served` the one that OPA was seen with.
+    `served` is the revision that OPA was seen with.
     """
 
     def __init__(
@@ -117,12 +117,11 @@ class OwnOpa:
         self._tasks: list[Background] = []
         self._seen: Fingerprint = ()
         self._loaded: set[str] = set()  # modules that the running OPA may know
-        self._since = 0.0
         self._backoff = SHORTEST_BACKOFF
         self._logs = settings.decision_log == "console"
         self._last_words = LastWords(partial(os.write, 2)) if self._logs else LastWords()
         self.on_served: Callable[[], None] = lambda: None
-        self.expected: str | None = None
+        self._expected = Expected()
         self.served: str | None = None
         self.rejected: JsonObject | None = None
 
@@ -130,6 +129,11 @@ class OwnOpa:
     def url(self) -> str:
         """What `DecisionClient` takes; there once `start` has begun."""
         return f"unix://{self._home / 'opa.sock'}"
+
+    @property
+    def expected(self) -> str | None:
+        """The revision that passed the check last."""
+        return self._expected.revision
 
     @property
     def pid(self) -> int | None:
@@ -140,8 +144,7 @@ class OwnOpa:
     @property
     def lagging(self) -> bool:
         """A revision passed the check, and OPA does not serve it 5 s later."""
-        late = time.monotonic() - self._since > IN_FORCE_PATIENCE
-        return late and self.served != self.expected
+        return self._expected.lagging(self.served, time.monotonic())
 
     def status(self) -> JsonObject:
         """For `/readyz`: `{revision, expected, rejected?}`."""
@@ -249,7 +252,7 @@ class OwnOpa:
         self._loaded |= modules(store / revision)
         put_in_force(self._home, revision)
         prune(store, keep={revision, self.expected})  # OPA may still be reading the last one
-        self.expected, self._since = revision, time.monotonic()
+        self._expected = Expected(revision, time.monotonic())
         logger.info("policy_accepted revision=%s", revision)
 
     async def _confirm(self, patience: float) -> bool:
@@ -274,7 +277,7 @@ class OwnOpa:
             code: object = await self._run()
         except OSError as error:
             code = error
-        self.served, self._since = None, time.monotonic()
+        self.served, self._expected = None, Expected(self.expected, time.monotonic())
         if time.monotonic() - started > HEALTHY_AFTER:
             self._backoff = SHORTEST_BACKOFF
         logger.error("opa_ended code=%s restart_in=%.1fs", code, self._backoff)

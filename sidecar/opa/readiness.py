@@ -14,6 +14,7 @@ from sidecar.config import Opa
 from sidecar.errors import DecisionError
 from sidecar.opa.background import Background
 from sidecar.opa.client import UNTRACED
+from sidecar.opa.expected import Stamp
 from sidecar.policy.decision import Decision
 from sidecar.policy.document import Environment, canary
 from sidecar.policy.identity import UNKNOWN
@@ -71,10 +72,11 @@ class Readiness:
         settings: Opa,
         *,
         own: Served | None = None,
+        stamp: Stamp | None = None,
         on_change: Callable[[str | None, str | None], None] | None = None,
     ) -> None:
         self._client, self._question, self._settings = client, ask, settings
-        self._own, self._on_change = own, on_change
+        self._own, self._stamp, self._on_change = own, stamp, on_change
         self._nudge = asyncio.Event()
         self._task: Background | None = None
         self._asked = False
@@ -95,7 +97,14 @@ class Readiness:
     @property
     def ready(self) -> bool:
         """OPA decides, and the policy that it decides by is the one it should."""
-        return self.error is None and not (self._own and self._own.lagging)
+        return self.error is None and not self.lagging
+
+    @property
+    def lagging(self) -> bool:
+        """A revision has passed the check, and OPA decides by another one 5 s later."""
+        if self._stamp is not None and self._stamp.lagging(self.revision):
+            return True
+        return self._own is not None and self._own.lagging
 
     def start(self) -> None:
         """Ask for the first time, now, and go on asking."""
@@ -111,11 +120,16 @@ class Readiness:
         opa: JsonObject = {"answers": self.error is None, "since": self.since}
         if self.error is not None:
             opa["error"] = self.error
-        own = self._own.status() if self._own else {}
-        return {"ready": self.ready, "opa": opa, "policy": {"revision": self.revision, **own}}
+        policy: JsonObject = {"revision": self.revision}
+        if self._stamp is not None:
+            policy["stamped"] = self._stamp.expected.revision
+        policy |= self._own.status() if self._own else {}
+        return {"ready": self.ready, "opa": opa, "policy": policy}
 
     async def _step(self) -> None:
         self._nudge.clear()
+        if self._stamp is not None:
+            self._stamp.look()
         await self._ask()
         every = self._settings.canary
         with suppress(TimeoutError):

@@ -143,6 +143,12 @@ METRICS: tuple[Metric, ...] = (
         "Time since the sidecar first saw the revision of the policy that decides",
     ),
     Metric(
+        "authz.policy.lagging",
+        "observed gauge",
+        "{policy}",
+        "1 when a revision that should be in force was not within 5 s",
+    ),
+    Metric(
         "authz.catalog.tools",
         "observed gauge",
         "{tool}",

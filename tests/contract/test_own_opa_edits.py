@@ -13,7 +13,7 @@ import pytest
 
 from sidecar.config import Opa
 from sidecar.opa import OwnOpa
-from sidecar.opa.own import IN_FORCE_PATIENCE
+from sidecar.opa.expected import IN_FORCE_PATIENCE
 from tests.support.opa import CALLERS, eventually, write
 from tests.support.own_opa import BROKEN_REGO, Running, data, running
 
@@ -167,7 +167,7 @@ async def test_every_swap_is_seen_whole(settings: Opa, policy: Path) -> None:
 async def test_a_revision_that_is_not_served_is_not_ready(
     settings: Opa, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecar.opa.own.IN_FORCE_PATIENCE", 0.3)
+    monkeypatch.setattr("sidecar.opa.expected.IN_FORCE_PATIENCE", 0.3)
     async with running(settings) as it:
         with monkeypatch.context() as patch:
             patch.setattr("sidecar.opa.own.put_in_force", lambda *_: None)

@@ -31,7 +31,8 @@ GROUPS: Mapping[str, Any] = yaml.safe_load("""
     listen: 127.0.0.1:8080
     admin: 'off'
     policy: {dir: other, opa: 'unix:///run/mcp-opa/opa.sock', binary: /opt/opa, deadline: 0.25,
-      listing_deadline: 1, poll: 0.1, canary: 5, decision_log: console}
+      listing_deadline: 1, poll: 0.1, canary: 5, decision_log: console,
+      stamp: /policy/data.json}
     identity: {required: false, resource: 'https://tickets.example/mcp', scopes: ['tickets:read'],
       jwt: [{issuer: 'https://idp.example', audiences: [desk], algorithms: [ES256], leeway: 5,
           jwks: {url: 'https://idp.example/keys', ca: /ca.pem, bearer: /token, insecure: true,

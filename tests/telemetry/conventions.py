@@ -499,6 +499,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         frozenset({"authz.policy_revision"}),
     ),
     Instrument("authz.policy.age", GAUGE, "s"),
+    Instrument("authz.policy.lagging", GAUGE, "{policy}"),
     Instrument(
         "authz.keys.refreshes",
         COUNTER,

@@ -251,6 +251,7 @@ def test_an_actor_by_flag_acts_for_itself_whatever_the_file_says() -> None:
         {assertion: {key: k, audience: a}, upstreams: [{url: 'http://a/x'}, {url: 'http://b/y'}]}
             -> assertion.audience: of several upstreams, each is known by its own name
         policy: {opa: 'http://o'} -> policy.dir (--policy) and policy.opa (--opa) exclude each other
+        policy: {stamp: s} -> policy.stamp: is for policy.opa; an own OPA is watched as it is
     """),
 )
 def test_a_problem_in_the_file_is_told_with_its_path(document: str, problem: str) -> None:

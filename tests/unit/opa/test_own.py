@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 
 from sidecar.config import Opa
-from sidecar.opa.own import IN_FORCE_PATIENCE, OpaTracing, OwnOpa, opa_configuration
+from sidecar.opa.expected import IN_FORCE_PATIENCE, Expected
+from sidecar.opa.own import OpaTracing, OwnOpa, opa_configuration
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -74,9 +75,9 @@ async def test_it_stops_though_it_never_started() -> None:
 def test_it_lags_when_a_revision_is_not_served_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     own = OwnOpa(Opa(policy=Path("policy")))
     assert own.status() == {"revision": None, "expected": None}
-    own.expected, own.served = "r2", "r1"
+    now = time.monotonic()
+    own._expected, own.served = Expected("r2", now), "r1"
     own.rejected = {"at": "t", "error": "e"}
-    own._since = now = time.monotonic()
     seen = [own.lagging]
     monkeypatch.setattr(time, "monotonic", lambda: now + IN_FORCE_PATIENCE + 0.1)
     seen.append(own.lagging)

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sidecar.config import Opa
 from sidecar.errors import DecisionInvalid, DecisionUnavailable
+from sidecar.opa.expected import Expected, Stamp
 from sidecar.opa.readiness import Readiness, question
 from sidecar.policy.decision import Decision
 from tests.support.opa import eventually
@@ -180,3 +182,15 @@ async def test_the_own_opa_has_its_say() -> None:
         opa.answer = Decision(True, revision="r2")
         own.on_served()
         await eventually(lambda: readiness.revision == "r2", within=1)
+
+
+async def test_a_stamp_that_is_not_served_is_not_ready() -> None:
+    opa, stamp = Scripted(Decision(True, revision="r1")), Stamp(Path("/nowhere"))
+    async with asking(opa, Opa(canary=60), stamp=stamp) as readiness:
+        assert readiness.ready
+        assert readiness.status()["policy"] == {"revision": "r1", "stamped": None}
+        stamp.expected = Expected("r2")
+        assert (readiness.ready, readiness.lagging) == (False, True)
+        assert readiness.status()["policy"] == {"revision": "r1", "stamped": "r2"}
+        stamp.expected = Expected("r1")
+        assert (readiness.ready, readiness.lagging) == (True, False)
