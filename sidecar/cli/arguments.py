@@ -158,7 +158,9 @@ def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
         "server that COMMAND starts, anew for each session, and that is served at /mcp.",
         epilog=OPTIONS_EPILOG,
     )
-    parser.add_argument("--listen", metavar="HOST:PORT", help="where clients come in")
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="where clients come in; several addresses: [A,B]:PORT"
+    )
     parser.add_argument(
         "--upstream", metavar="[NAME=]URL", action="append",
         help=f"the server's endpoint, whose path is served; of several, each below /NAME; {LEGACY}",

@@ -168,7 +168,7 @@ async def _admin(
     from sidecar.transport.app_health import read_probes
 
     try:
-        runner, (host, port) = await serve_admin(
+        runner, bound = await serve_admin(
             listen,
             readiness.status,
             traces.render_metrics,
@@ -177,7 +177,8 @@ async def _admin(
     except OSError as error:
         raise ConfigError(f"admin: can not listen on {listen}: {error}") from error
     stack.push_async_callback(runner.cleanup)
-    log.info("admin on http://%s:%d", host, port)
+    for at in bound:
+        log.info("admin on http://%s", at)
 
 
 def stopping() -> asyncio.Event:

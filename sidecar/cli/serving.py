@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
@@ -135,12 +136,12 @@ async def serve_http(settings: Settings) -> int:
             listen=settings.listen,
         )
         try:
-            runner, (host, port) = await serve(proxy, settings.listen, settings.limits.drain, tls)
+            runner, bound = await serve(proxy, settings.listen, settings.limits.drain, tls)
         except OSError as error:
             raise ConfigError(f"listen: can not listen on {settings.listen}: {error}") from error
-        for path, server in _served(settings):
-            scheme = "http" if tls is None else "https"
-            log.info("listening on %s://%s:%d%s for %s", scheme, host, port, path, server)
+        scheme = "http" if tls is None else "https"
+        for at, (path, server) in product(bound, _served(settings)):
+            log.info("listening on %s://%s%s for %s", scheme, at, path, server)
         _calm_garbage_collector()
         await core.stopping.wait()
         log.info("stopping: finishing what is in flight")

@@ -41,8 +41,10 @@ from sidecar.protocol.mapping import TEMPLATE
 
 _ACTOR = "(?s)(human|service|agent):(.+)"
 _PORT = "6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5]?[0-9]{1,4}"
-_HOST = r"\[[0-9A-Fa-f:.]+\]|(?![0-9]*(?:[:/]|$))[A-Za-z0-9._-]+"
-_ADDRESS = f"({_HOST})(?::({_PORT}))?"
+_HOST_NAME = r"(?![0-9]*(?:[:/]|$))[A-Za-z0-9._-]+"
+_HOST = rf"\[[0-9A-Fa-f:.]+\]|{_HOST_NAME}"
+_HOSTS = rf"\[[0-9A-Fa-f:.]+(?:,[0-9A-Fa-f:.]+)*\]|{_HOST_NAME}"
+_ADDRESS = f"({_HOSTS})(?::({_PORT}))?"
 _URL = rf'https?://(?:{_HOST})(?::(?:{_PORT}))?(?:/[!"$->@-~]*)?'
 _PATH = r"(?!.*(?://|/\.\.?(?:/|$)))/[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 

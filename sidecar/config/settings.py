@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,19 +21,25 @@ UpstreamTransport = Literal["streamable_http", "sse"]
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """An address to listen on."""
+    """An address to listen on, or several with one port."""
 
-    host: str  # a name, or an IP address without brackets
+    host: str  # a name, or IP addresses without brackets, with commas between them
     port: int  # 0: any free port; the log line `listening` says which
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        bare = re.fullmatch("[^:,]+", self.host)
+        return f"{self.host}:{self.port}" if bare else f"[{self.host}]:{self.port}"
+
+    @property
+    def hosts(self) -> list[str]:
+        """One by one."""
+        return self.host.split(",")
 
     @property
     def loopback(self) -> bool:
         """True when only this machine can reach it; of names, only `localhost` is believed."""
         with suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
+            return all(ipaddress.ip_address(each).is_loopback for each in self.hosts)
         return self.host.lower() == "localhost"
 
 

@@ -19,14 +19,14 @@ async def serve_admin(
     readiness: Callable[[], JsonObject],
     metrics: Callable[[], bytes],
     probes: Mapping[str, AppProbe],
-) -> tuple[web.AppRunner, tuple[str, int]]:
-    """Serve `/livez`, `/readyz` and `/metrics`; the runner to be cleaned up, and the bound address.
+) -> tuple[web.AppRunner, list[Listen]]:
+    """Serve `/livez`, `/readyz` and `/metrics`; the runner to be cleaned up, and the addresses.
 
     `readiness` gives the body of `/readyz`, whose `ready` makes it 200 or 503. `probes` are those
     of the server that are asked here, by their paths.
 
     Raises:
-        OSError: the address can not be had.
+        OSError: an address can not be had.
     """
 
     async def livez(request: web.Request) -> web.Response:
@@ -54,10 +54,12 @@ async def serve_admin(
     application.router.add_get("/metrics", show_metrics)
     runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
+    port = listen.port
     try:
-        await web.TCPSite(runner, listen.host, listen.port).start()
+        for host in listen.hosts:
+            await web.TCPSite(runner, host, port).start()
+            port = runner.addresses[0][1]
     except BaseException:
         await runner.cleanup()
         raise
-    host, port = runner.addresses[0][:2]
-    return runner, (host, port)
+    return runner, [Listen(*address[:2]) for address in runner.addresses]

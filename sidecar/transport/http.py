@@ -360,11 +360,11 @@ def _raise_file_limit() -> None:
 
 async def serve(
     proxy: HttpProxy, listen: Listen, drain: float, tls: SSLContext | None = None
-) -> tuple[web.AppRunner, tuple[str, int]]:
-    """Start to listen; the runner to be cleaned up, and the address that was bound.
+) -> tuple[web.AppRunner, list[Listen]]:
+    """Start to listen; the runner to be cleaned up, and the addresses that were bound.
 
     Raises:
-        OSError: the address can not be had.
+        OSError: an address can not be had.
     """
     _raise_file_limit()
     runner = web.AppRunner(
@@ -376,11 +376,12 @@ async def serve(
         handle_signals=False,
     )
     await runner.setup()
-    site = web.TCPSite(runner, listen.host, listen.port, ssl_context=tls)
+    port = listen.port
     try:
-        await site.start()
+        for host in listen.hosts:
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
+            port = runner.addresses[0][1]
     except BaseException:
         await runner.cleanup()
         raise
-    host, port = runner.addresses[0][:2]
-    return runner, (host, port)
+    return runner, [Listen(*address[:2]) for address in runner.addresses]

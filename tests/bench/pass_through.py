@@ -58,8 +58,8 @@ async def main(url: str) -> None:
         http=Http(),
         listen=listen,
     )
-    _, (_, port) = await serve(proxy, listen, 1.0)
-    print(port, flush=True)
+    _, [bound] = await serve(proxy, listen, 1.0)
+    print(bound.port, flush=True)
     await asyncio.Event().wait()
 
 

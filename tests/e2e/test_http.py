@@ -113,6 +113,20 @@ def test_an_address_that_is_taken_is_said_and_is_no_start(env: dict[str, str]) -
             assert taken in process.tail()
 
 
+def test_it_listens_on_several_addresses_or_on_none(env: dict[str, str]) -> None:
+    def listening(at: str) -> Process:
+        options = ("--listen", at, "--admin", "off", "--upstream", "http://127.0.0.1:1/mcp")
+        return Process(sidecar("http", *ANA, *options), env=env)
+
+    with listening("[127.0.0.1,127.0.0.2]:0") as first:
+        port = first.wait_for(r"listening on http://127\.0\.0\.2:(\d+)")[1]
+        answers = [get(f"http://127.0.0.{n}:{port}/elsewhere")[0] for n in (1, 2)]
+        assert answers == [404, 403]  # the other's name is none that is known for loopback
+        with listening(f"[127.0.0.3,127.0.0.2]:{port}") as second:
+            assert second.wait() == 125
+            assert f"[127.0.0.3,127.0.0.2]:{port}" in second.tail()
+
+
 # ── Its life ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -85,6 +85,7 @@ VERIFIED = ("jwt", "kubernetes", "proxy", "spiffe", "required", "token_file", "t
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 0.5, 64, 128.5, 10**12, "", " ", "x", "0", "off", "none", "all"),
     *("0.0.0.0:80", ":80", "80", "[::1]:0", "[::1]", "::1", "h", "h:65535", "h:65536", "h:", "a/b"),
+    *("[::1,10.1.2.3]:1", "[::1,10.1.2.3]", "[,]", "::1,::2"),
     *("http://h", "http://h/sse", "http://h/sse/", "http://h/p?q", "http://h/#f", "http://u@h/"),
     *("https://h:65536", "https://[::1]:1/a@b", "http://", "http://:80", "http:// h", "ftp://h"),
     *("unix:///a/b", "unix:///", "unix:///a/", "unix:a", "unix://h/a", "unix-stdio:///a", "stdout"),

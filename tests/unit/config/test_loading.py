@@ -130,6 +130,8 @@ def test_service_links_of_kubernetes_are_not_ours() -> None:
         --mode=http --listen=127.0.0.1 -> listen.host=127.0.0.1 listen.port=15801
         --mode=http --listen=[::1]:65535 -> listen.host=::1 listen.port=65535
         --mode=http --listen=[::1] -> listen.host=::1 listen.port=15801
+        --mode=http --listen=[10.1.2.3]:80 -> listen.host=10.1.2.3 listen.port=80
+        --mode=http --listen=[10.1.2.3,fd00::5]:80 -> listen.host=10.1.2.3,fd00::5
         --mode=http --upstream=http://t:9/mcp -> upstreams.0.name=t upstreams.0.path=/mcp
         --mode=http --upstream=http://t -> upstreams.0.path=/ upstreams.0.url=http://t
         SERVER__NAME=desk --mode=http --upstream=https://t/ -> upstreams.0.name=desk
