@@ -71,6 +71,13 @@ examples:
 Tests (*_test.rego) stay behind. Data outside of `mcp` is refused: revocations are a bundle of their
 own (`mcp_revoked`).
 """
+REVOKE_EPILOG = """\
+example of a FILE:
+  principals: ["https://idp.example.com|u-1042", "static|bot"]   # ISSUER|ID
+  tokens: [f81d4fae]                                             # their ids (jti)
+
+  mcp-sidecar policy revoke revoked.yaml -o revoked.tar.gz --signing-key key.pem --scope revoked
+"""
 SIGNING = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512")
 LEGACY = "a path that ends in /sse means legacy HTTP+SSE"
 
@@ -240,6 +247,17 @@ def _add_policy(modes: argparse._SubParsersAction[Parser]) -> None:
         "--name", default="mcp-policy", help="the ConfigMap's (default: %(default)s)"
     )
     build.add_argument("--namespace", help="the ConfigMap's (default: whoever applies it)")
+    revoke = works.add_parser("revoke", help="a bundle of what is revoked",
+        description="Write a bundle with the root `mcp_revoked`, which OPA fetches more often than "
+        "the policy. FILE is all that is revoked, not what is new.",
+        epilog=REVOKE_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    revoke.add_argument("file", metavar="FILE", help="YAML: principals and tokens")
+    revoke.add_argument("-o", metavar="FILE", dest="output", required=True, help="revoked.tar.gz")
+    for each in (build, revoke):
+        _add_signing(each)
+
+
+def _add_signing(build: Parser) -> None:
     build.add_argument("--signing-key", metavar="FILE", help="PEM of the key that signs the bundle")
     build.add_argument("--signing-alg", default="RS256", choices=SIGNING, help="RS256 unless set")
     build.add_argument("--scope", help="the scope that OPA demands of the signature")
@@ -263,6 +281,10 @@ def _add_injector(modes: argparse._SubParsersAction[Parser]) -> None:
         epilog="exit codes: 0 it does; 1 not in time")  # fmt: skip
     gate.add_argument("url", metavar="URL", help="http://127.0.0.1:PORT/PATH")
     gate.add_argument("--seconds", type=float, default=60.0, help="default: %(default)s")
+    pause = modes.add_parser("pause", help="return after so many seconds",
+        description="For the preStop hook of a container that goes on until Services let go of its "
+        "pod.")  # fmt: skip
+    pause.add_argument("seconds", metavar="SECONDS", type=float)
     rules = modes.add_parser("redirect", help="bring what dials a port of this pod to another",
         description="The first container of a pod in mode redirect, with NET_ADMIN and nft: make "
         "the rules, and prove them by dialling.",

@@ -1,4 +1,4 @@
-"""`await`: the gate of an ordered pod. The next container is started when this one is there."""
+"""`await` and `pause`: the hooks of ordered pods, before the next container and before the end."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def await_url(options: argparse.Namespace) -> int:
         time.sleep(AGAIN)
     print(f"mcp-sidecar: {options.url} was not there within {options.seconds:g} s")
     return LATE
+
+
+def pause(options: argparse.Namespace) -> int:
+    """Let some time pass."""
+    time.sleep(min(max(options.seconds, 0.0), MAX_SECONDS))
+    return 0

@@ -33,6 +33,7 @@ COMMANDS = {
     "check-inject": ("injecting", "check_inject"),
     "webhook": ("admitting", "webhook"),
     "await": ("awaiting", "await_url"),
+    "pause": ("awaiting", "pause"),
     "redirect": ("redirecting", "redirect"),
     "policy": ("building", "policy"),
 }

@@ -2,14 +2,17 @@
 
 Library and folder are put together, checked and stamped with a revision as the own OPA would do it;
 OPA's own loader merges the data, so that what is shipped is what was checked. Everything is under
-the root `mcp`: a bundle without roots owns all of OPA, `system.authz` included.
+the root `mcp`: a bundle without roots owns all of OPA, `system.authz` included. What is revoked is
+a bundle of its own, with the root `mcp_revoked`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,7 +24,7 @@ from sidecar.opa.folder import assemble, library_folder
 from sidecar.opa.process import check, output
 from sidecar.protocol.jsonrpc import FROM_SERVER, JsonObject, dump_json, parse_json
 
-ROOTS = ["mcp"]
+ROOT, REVOKED = "mcp", "mcp_revoked"
 MAX_CONFIG_MAP = 1_000_000
 """Bytes: the API server takes 1 MiB with all that is around them."""
 
@@ -33,6 +36,7 @@ class Built:
     revision: str
     modules: dict[str, str]
     data: JsonObject
+    root: str = ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +67,23 @@ async def build(binary: str, folder: Path) -> Built:
             for path in sorted(made.rglob("*.rego"))
         }
         data = _data(merged)
-    strangers = sorted(data.keys() - set(ROOTS))
+    strangers = sorted(data.keys() - {ROOT})
     if strangers:
         raise PolicyUnusable(
-            f"data outside of {', '.join(ROOTS)}: {', '.join(strangers)}. A bundle with it would"
-            " own that as well; revocations (mcp_revoked) are a bundle of their own"
+            f"data outside of {ROOT}: {', '.join(strangers)}. A bundle with it would own that as"
+            f" well; revocations ({REVOKED}) are a bundle of their own"
         )
     built = Built(revision, modules, data)
     await bundle(binary, built, None)  # refuses a module outside of the roots, also for a ConfigMap
     return built
+
+
+def revocations(principals: Iterable[str], tokens: Iterable[str]) -> Built:
+    """What is revoked: principals by their keys (`ISSUER|ID`), tokens by their ids."""
+    revoked = {"principals": dict.fromkeys(sorted(principals), True)}
+    revoked["tokens"] = dict.fromkeys(sorted(tokens), True)
+    revision = hashlib.sha256(dump_json(revoked)).hexdigest()[:12]
+    return Built(revision, {}, {REVOKED: revoked}, REVOKED)
 
 
 async def bundle(binary: str, built: Built, signing: Signing | None) -> bytes:
@@ -123,12 +135,13 @@ def _block(text: str) -> str:
 
 
 def _lay_out(built: Built, folder: Path) -> None:
+    folder.mkdir()
     for path, text in built.modules.items():
         module = folder / path.replace(".library/", "library/")
         module.parent.mkdir(parents=True, exist_ok=True)
         module.write_text(text, "utf-8")
     (folder / "data.json").write_bytes(dump_json(built.data))
-    manifest = {"revision": built.revision, "roots": ROOTS, "rego_version": 1}
+    manifest = {"revision": built.revision, "roots": [built.root], "rego_version": 1}
     (folder / ".manifest").write_text(json.dumps(manifest), "utf-8")
 
 

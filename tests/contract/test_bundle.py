@@ -138,3 +138,78 @@ def test_a_signed_bundle_is_taken_by_who_has_the_key_and_the_scope(
 def test_wrong_usage(opa_bin: Path, arguments: tuple[str | Path, ...], said: str) -> None:
     done = build(opa_bin, *arguments)
     assert (done.returncode, said in done.stderr) == (125, True), done.stderr
+
+
+# ── What is revoked ───────────────────────────────────────────────────────────────────────────────
+
+
+def revoke(opa: Path, text: str, folder: Path, *flags: str | Path) -> Any:
+    """`policy revoke`, and what it was to make."""
+    file, made = folder / "revoked.yaml", folder / "revoked.tar.gz"
+    file.write_text(text, "utf-8")
+    done = subprocess.run(
+        sidecar("policy", "revoke", file, "-o", made, *flags),
+        env=environment(opa), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done, made
+
+
+def test_the_library_finds_in_it_who_is_revoked(opa_bin: Path, tmp_path: Path) -> None:
+    text = 'principals: ["static|eve", "https://idp|x|y"]\ntokens: ["7", f81d]\n'
+    done, made = revoke(opa_bin, text, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 principals, 2 tokens" in done.stdout
+    policy = tmp_path / "policy.tar.gz"
+    assert build(opa_bin, STARTER, "-o", policy).returncode == 0
+    question = tmp_path / "input.json"
+    for actor, revoked in {
+        "static|eve": True, "https://idp|x|y": True, "static|ana": False, "eve": False,
+    }.items():  # fmt: skip
+        for token in ("f81d", "7", "other"):
+            asked = {"actor": {"key": actor, "token": {"id": token}}}
+            question.write_text(json.dumps(asked), "utf-8")
+            flags = ("--bundle", policy, "--bundle", made, "--input", question)
+            reasons = evaluated(opa_bin, "data.mcp.authz.revoked", *flags)
+            assert bool(reasons) is (revoked or token != "other"), (actor, token)
+
+
+def test_what_is_revoked_owns_its_own_root_alone(opa_bin: Path, tmp_path: Path) -> None:
+    _, made = revoke(opa_bin, "principals: []\n", tmp_path)
+    told = subprocess.run(
+        ["tar", "-xOzf", made, "/.manifest"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(told.stdout)["roots"] == ["mcp_revoked"]
+    assert evaluated(opa_bin, "data.mcp_revoked", "--bundle", made) == {
+        "principals": {}, "tokens": {},
+    }  # fmt: skip
+
+
+def test_its_revision_is_what_it_says(opa_bin: Path, tmp_path: Path) -> None:
+    def revision(text: str) -> str:
+        done, _ = revoke(opa_bin, text, tmp_path)
+        return str(done.stdout.split("revision ")[1].split(",")[0])
+
+    one = revision('principals: ["a|b", "c|d"]\n')
+    assert one == revision('principals: ["c|d", "a|b"]\ntokens: []\n')
+    assert one != revision('principals: ["c|d"]\n')
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("", "must be a mapping", id="nothing"),
+        pytest.param("{}", "needs principals or tokens", id="nobody"),
+        pytest.param("principal: []", "did you mean 'principals'", id="a typo"),
+        pytest.param("principals: [ana]", "principals[0]: must be ISSUER|ID", id="no issuer"),
+        pytest.param("principals: ['|x', 'y|']", "principals[1]: must be", id="halves"),
+        pytest.param("tokens: [7]", "tokens[0]: must be the id of a token", id="a number"),
+        pytest.param("tokens: {a: true}", "must be a list", id="a mapping"),
+        pytest.param("tokens: [", "revoked.yaml", id="no YAML"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(
+    opa_bin: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    done, made = revoke(opa_bin, text, tmp_path)
+    assert (done.returncode, said in done.stderr) == (125, True), done.stderr
+    assert not made.exists()
