@@ -7,6 +7,7 @@
       ├── modes       the ways to stand before a server, each a `Mode`: front, redirect, client
       ├── walls       what a pod may never bring, since it would lead around the sidecar
       ├── containers  ours: the sidecar, and with it `opa`; `parts` is what all of them have alike
+      ├── bundles     a policy that OPA fetches, signed, and what is revoked
       ├── probes      the kubelet's questions to a server that only answers on loopback
       └── changes     what is changed of others', and how it is taken back
     firewall    the rules of mode redirect, as text

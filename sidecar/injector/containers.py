@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterator
 
 from sidecar.injector import opa
-from sidecar.injector.injection import ADMIN_PORT, OPA_PORT, Injection, Json
+from sidecar.injector.injection import ADMIN_PORT, Injection, Json
 from sidecar.injector.mode import Mode
 from sidecar.injector.parts import NO_TOKEN, common, field, no_token, probe, restricted
 from sidecar.injector.walls import NAMES, VOLUMES, everybody
-from sidecar.injector.wishes import Wish
+from sidecar.injector.wishes import LOOPBACK, Wish
 
 CONFIG = VOLUMES + "config"
 PODINFO = VOLUMES + "podinfo"
@@ -22,11 +22,8 @@ PODINFO = VOLUMES + "podinfo"
 AMOUNTS = "limits", "requests"
 PROBES = "POD_APP_PROBES"
 
-GATES = {
-    "mcp-opa": f"http://127.0.0.1:{OPA_PORT}/health",
-    "mcp-sidecar": f"http://127.0.0.1:{ADMIN_PORT}/livez",
-}
-"""What has to answer before a kubelet starts the next of ordered containers."""
+GRACE = 30
+"""Seconds that a pod has for its end, where it does not say how many."""
 
 
 def put(spec: Json, mode: Mode, wish: Wish, questions: Json, injection: Injection) -> None:
@@ -39,8 +36,9 @@ def put(spec: Json, mode: Mode, wish: Wish, questions: Json, injection: Injectio
     if injection.native:
         first += [{**each, "restartPolicy": "Always"} for each in lasting]
     else:
-        gated = [{**each, **_gate(each["name"])} for each in lasting]
-        spec["containers"] = [*gated, *spec["containers"]]
+        pause = _pause(spec, injection)
+        hooked = [{**each, "lifecycle": _hooks(each["startupProbe"], pause)} for each in lasting]
+        spec["containers"] = [*hooked, *spec["containers"]]
     if first:
         spec["initContainers"] = [*first, *(spec.get("initContainers") or ())]
     spec["volumes"] = [*_volumes(injection), *(spec.get("volumes") or ())]
@@ -80,16 +78,18 @@ def _volumes(injection: Injection) -> list[Json]:
 
 
 def _sidecar(mode: Mode, wish: Wish, questions: Json, injection: Injection) -> Json:
+    stamp, stamped_mounts = opa.stamped(injection)
     mounts = [
         {"name": opa.SOCKET, "mountPath": opa.SOCKET_FOLDER, "readOnly": True},
         {"name": PODINFO, "mountPath": "/etc/podinfo", "readOnly": True},
+        *stamped_mounts,
         no_token(),
     ]
     arguments = [
         "http",
         *mode.arguments(wish, injection),
         f"--opa=unix://{opa.SOCKET_FOLDER}/opa.sock",
-        f"--admin=0.0.0.0:{ADMIN_PORT}",
+        f"--admin=[{LOOPBACK},$(POD_IPS)]:{ADMIN_PORT}",
     ]
     if injection.config is not None:
         mounts.append({"name": CONFIG, "mountPath": "/etc/mcp-sidecar", "readOnly": True})
@@ -100,7 +100,7 @@ def _sidecar(mode: Mode, wish: Wish, questions: Json, injection: Injection) -> J
         **common("mcp-sidecar", injection),
         "command": ["mcp-sidecar"],
         "args": arguments,
-        "env": _environment(questions),
+        "env": [*_environment(questions), *stamp],
         "resources": dict(injection.sidecar_resources),
         "startupProbe": probe("/livez", ADMIN_PORT, every=1, times=60),
         "livenessProbe": probe("/livez", ADMIN_PORT, every=10, times=6),
@@ -112,7 +112,7 @@ def _sidecar(mode: Mode, wish: Wish, questions: Json, injection: Injection) -> J
 
 def _environment(questions: Json) -> list[Json]:
     fields = {
-        "POD_IP": "status.podIP",
+        "POD_IPS": "status.podIPs",
         "POD_NAME": "metadata.name",
         "POD_NAMESPACE": "metadata.namespace",
         "POD_SERVICE_ACCOUNT": "spec.serviceAccountName",
@@ -126,7 +126,22 @@ def _environment(questions: Json) -> list[Json]:
     return found
 
 
-def _gate(name: str) -> Json:
-    """For ordered containers: the kubelet starts the next one only after this has returned."""
-    command = ["mcp-sidecar", "await", GATES[name]]
-    return {"lifecycle": {"postStart": {"exec": {"command": command}}}}
+def _hooks(startup: Json, pause: int) -> Json:
+    """For ordered containers: a kubelet starts the next one only after the first has returned.
+
+    All are told to end at once, by the second after it has returned: while Services still send to
+    the pod, the sidecar goes on, for as long as the server does.
+    """
+    asked = startup["httpGet"]
+    gate = f"http://{LOOPBACK}:{asked['port']}{asked['path']}"
+    patience = f"--seconds={startup['failureThreshold']}"
+    hooks = {"postStart": {"exec": {"command": ["mcp-sidecar", "await", gate, patience]}}}
+    if pause > 0:
+        hooks["preStop"] = {"exec": {"command": ["mcp-sidecar", "pause", str(pause)]}}
+    return hooks
+
+
+def _pause(spec: Json, injection: Injection) -> int:
+    """What of the pod's time for its end is left beside what finishing takes."""
+    grace = spec.get("terminationGracePeriodSeconds")
+    return min(injection.pause, (GRACE if grace is None else int(grace)) - opa.DRAIN - 1)

@@ -35,7 +35,7 @@ def _wish(spec: Json, said: Mapping[str, str]) -> Wish:
 
 def _arguments(wish: Wish, injection: Injection) -> list[str]:
     return [
-        f"--listen=$(POD_IP):{wish.port}",
+        f"--listen=[$(POD_IPS)]:{wish.port}",
         f"--upstream=http://{LOOPBACK}:{wish.port}{wish.path}",
     ]
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from sidecar.config.readers import Problems, Record, a_value, number, one_of, text
 from sidecar.errors import ConfigError
+from sidecar.injector.bundles import BUNDLE, CONFIG_MAP, REVOCATION, Bundle, Revocation
 
 Json = dict[str, Any]
 
@@ -60,12 +61,15 @@ class Injection:
     image: str = "mcp-opa-sidecar:latest"  # sidecar and OPA; by digest in production
     pull_policy: str = "IfNotPresent"
     native: bool = True  # native sidecars (every node 1.29 or later), else ordered containers
+    pause: int = 5  # seconds that ordered ones go on at a pod's end, until Services let go of it
     sidecar_id: int = 20001  # uid and gid; of nobody else in the pod
     opa_id: int = 20002  # uid; its gid is the sidecar's, which so can use its socket
     # OPA asks `system.authz` about each request: a second wall. Off, since its socket is the
     # sidecar's alone, and a decision would cost it a third more CPU (0.7 ms to 0.93: measured).
     opa_authorization: bool = False
     policy: str = "mcp-policy"  # ConfigMap of the pod's namespace, as `policy build` writes it
+    bundle: Bundle | None = None  # the policy, in place of the ConfigMap
+    revocation: Revocation | None = None  # beside the bundle: what is revoked, looked at more often
     config: str | None = None  # ConfigMap of the pod's namespace with the sidecar's `config.yaml`
     otlp: str | None = None  # base URL of the collector
     events: bool = True  # about refused pods, where the injector may speak with the API server
@@ -81,6 +85,11 @@ class Injection:
         if self.sidecar_id == self.opa_id:
             raise ValueError(
                 "sidecar_id and opa_id have to differ: OPA's socket is not the server's"
+            )
+        if self.revocation is not None and self.bundle is None:
+            raise ValueError(
+                "revocation: is a bundle beside that of the policy (bundle); where OPA watches a"
+                " ConfigMap, an edit of that would erase what a bundle has brought"
             )
 
 
@@ -101,7 +110,6 @@ def read(document: Any) -> Injection:
 _QUANTITY = r"[0-9]+(\.[0-9]+)?([EPTGMK]i|[EPTGMkmun])?"
 
 _seconds = number(1, 3660 * DAY, int, float)
-_name = text("the name of a ConfigMap", r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _id = number(1, 2**31 - 1, int)
 _flag = a_value("true or false", lambda value: isinstance(value, bool))
 _quantity = text("a quantity such as 50m or 96Mi", _QUANTITY)
@@ -113,11 +121,14 @@ FIELDS = Record(
         "image": text("an image, with a tag or digest", r"[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,511}"),
         "pull_policy": one_of("Always", "IfNotPresent", "Never"),
         "native": _flag,
+        "pause": number(0, 300, int),
         "sidecar_id": _id,
         "opa_id": _id,
         "opa_authorization": _flag,
-        "policy": _name,
-        "config": _name,
+        "policy": CONFIG_MAP,
+        "bundle": BUNDLE,
+        "revocation": REVOCATION,
+        "config": CONFIG_MAP,
         "otlp": text("an http(s) URL", r"https?://[^\s\"']{1,512}"),
         "events": _flag,
         "certificates": Record(

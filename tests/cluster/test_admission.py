@@ -180,8 +180,11 @@ GOLDENS = ROOT / "tests" / "goldens" / "injector"
 @pytest.mark.parametrize(
     "file", sorted(GOLDENS.glob("*.before.yaml")), ids=lambda it: it.name[:-12]
 )
-def test_goldens(cluster: Cluster, soon: str, file: Path) -> None:
+def test_goldens(cluster: Cluster, webhook: Injector, soon: str, file: Path) -> None:
     """The same comes of them as of `mcp-sidecar inject`."""
+    told = file.with_name(file.name.replace(".before.", ".settings."))
+    if told.exists():
+        webhook.start(**yaml.safe_load(told.read_text(encoding="utf-8")))
     text = file.read_text(encoding="utf-8")
     refusal = file.with_name(file.name.replace(".before.yaml", ".txt"))
     after = file.with_name(file.name.replace(".before.", ".after."))

@@ -44,6 +44,12 @@ def refused(case: str) -> bool:
     return case.startswith("refused-")
 
 
+def settings(case: str) -> list[str]:
+    """The injector's, where a case is about them."""
+    file = GOLDENS / f"{case}.settings.yaml"
+    return ["--config", str(file)] if file.exists() else []
+
+
 def after(case: str) -> Path:
     return GOLDENS / f"{case}.{'txt' if refused(case) else 'after.yaml'}"
 
@@ -51,12 +57,13 @@ def after(case: str) -> Path:
 def test_there_are_enough_of_them_and_none_is_forgotten() -> None:
     assert len(CASES) >= 25
     known = {f"{case}.before.yaml" for case in CASES} | {after(case).name for case in CASES}
+    known |= {Path(settings(case)[1]).name for case in CASES if settings(case)}
     assert {each.name for each in GOLDENS.iterdir()} == known
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_files(case: str) -> None:
-    done = cli("inject", "--image", IMAGE, text=before(case))
+    done = cli("inject", "--image", IMAGE, *settings(case), text=before(case))
     said = done.stderr if refused(case) else done.stdout
     assert done.returncode == (125 if refused(case) else 0), done.stderr
     if refused(case):
@@ -67,7 +74,7 @@ def test_files(case: str) -> None:
 
 
 def test_injecting_again_changes_nothing_and_uninject_gives_back() -> None:
-    good = [case for case in CASES if not refused(case)]
+    good = [case for case in CASES if not refused(case) and not settings(case)]
     text = "".join(f"---\n{before(case)}" for case in good)
     once = cli("inject", text=text).stdout
     assert cli("inject", text=once).stdout == once
@@ -141,18 +148,24 @@ def running(command: list[str], authority: Authority | None = None) -> Iterator[
         yield Webhook(process, authority or Authority())
 
 
-@pytest.fixture(scope="module")
-def webhook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webhook]:
-    folder, authority = tmp_path_factory.mktemp("webhook"), Authority()
+@contextmanager
+def reviewing(folder: Path, *options: str) -> Iterator[Webhook]:
+    authority = Authority()
     issued = authority.server()
     cert, key = issued.saved(folder, "server")
     command = sidecar(
         "webhook", "--listen", "127.0.0.1:0", "--health", "127.0.0.1:0", "--image", IMAGE,
-        "--cert", cert, "--key", key,
+        "--cert", cert, "--key", key, *options,
     )  # fmt: skip
     with running(command, authority) as made:
         made.ends = issued.certificate.not_valid_after_utc.timestamp()
         yield made
+
+
+@pytest.fixture(scope="module")
+def webhook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webhook]:
+    with reviewing(tmp_path_factory.mktemp("webhook")) as found:
+        yield found
 
 
 def pods_in(manifest: Any) -> Iterator[tuple[str, Json]]:
@@ -183,8 +196,16 @@ def patched(pod: Json, response: Json) -> Json:
     return found
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not refused(case)])
-def test_the_webhook_makes_the_same(webhook: Webhook, case: str) -> None:
+@pytest.mark.parametrize("case", [each for each in CASES if not refused(each)])
+def test_the_webhook_makes_the_same(webhook: Webhook, case: str, tmp_path: Path) -> None:
+    if settings(case):
+        with reviewing(tmp_path, *settings(case)) as own:
+            makes_the_same(own, case)
+    else:
+        makes_the_same(webhook, case)
+
+
+def makes_the_same(webhook: Webhook, case: str) -> None:
     text = after(case).read_text(encoding="utf-8")
     asked = [each for document in yaml.safe_load_all(before(case)) for each in pods_in(document)]
     expected = [each for document in yaml.safe_load_all(text) for each in pods_in(document)]

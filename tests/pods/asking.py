@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,19 @@ def log(pod: Pod) -> Path:
     return pod.volumes["data"] / "log"
 
 
-def call(pod: Pod, name: str, **arguments: Any) -> int:
+def call(
+    pod: Pod,
+    name: str,
+    *,
+    url: str = URL,
+    headers: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> int:
     """0, or the code of the error, by the official client from outside."""
     codes: list[int] = []
 
     async def once() -> None:
-        async with over_http(URL, LEGACY) as client:
+        async with over_http(url, LEGACY, headers=headers) as client:
             try:
                 await client.list_tools()  # else it asks for them after the call
                 await client.call_tool(name, arguments)
@@ -39,8 +47,11 @@ def call(pod: Pod, name: str, **arguments: Any) -> int:
             except MCPError as error:
                 codes.append(error.code)
 
-    with suppress(httpx2.ConnectError):  # a session that can not be closed: the pod has ended
-        pod.network.from_outside(lambda: asyncio.run(once()))
+    try:
+        with suppress(httpx2.ConnectError):  # a session that can't be closed: the pod has ended
+            pod.network.from_outside(lambda: asyncio.run(once()))
+    except MCPError as error:  # who is revoked gets no session
+        return error.code
     return codes[0]
 
 
@@ -65,11 +76,17 @@ def asked(pod: Pod, method: str, port: int, path: str, body: str = "") -> int:
 
 
 def readyz(pod: Pod) -> Any:
-    def ask() -> Any:
+    return json.loads(admin(pod, "/readyz"))
+
+
+def admin(pod: Pod, path: str) -> str:
+    """What the sidecar says of itself."""
+
+    def ask() -> str:
         connection = http.client.HTTPConnection(POD_IP, ADMIN_PORT, timeout=5)
         try:
-            connection.request("GET", "/readyz")
-            return json.loads(connection.getresponse().read())
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
         finally:
             connection.close()
 
@@ -83,3 +100,32 @@ def python(pod: Pod, container: str, program: str) -> str:
     done = found.exec(["/usr/bin/env", "python3", "-c", program], 30)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode().strip()
+
+
+WRITES = [
+    ("PUT", "/v1/policies/evil", "package evil"),
+    ("DELETE", "/v1/policies/policy/custom.rego", ""),
+    ("PUT", "/v1/data/mcp/grants", "{}"),
+    ("PATCH", "/v1/data", '[{"op":"add","path":"x","value":1}]'),
+    ("POST", "/v1/data/mcp/authz/decision", '{"input":{}}'),
+    ("POST", "/v1/query", '{"query":"data"}'),
+    ("GET", "/v1/data", ""),
+    ("GET", "/v1/config", ""),
+    ("POST", "/", "{}"),
+]
+"""What of OPA's API is not the sidecar's question, but for the fifth, which is."""
+
+
+def by_socket(pod: Pod) -> list[tuple[str, str]]:
+    """What OPA answers to each of `WRITES` on its socket, from within the sidecar: path, status."""
+    program = f"""
+import http.client, socket
+for method, path, body in {WRITES!r}:
+    connection = http.client.HTTPConnection("opa")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect("/run/mcp-opa/opa.sock")
+    connection.request(method, path, body)
+    print(path, connection.getresponse().status)
+"""
+    answers = [line.split() for line in python(pod, "mcp-sidecar", program).splitlines()]
+    return [(path, status) for path, status in answers]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from sidecar.injector.injection import Injection
 from sidecar.injector.plan import plan
 from tests.pods import image as sidecar_image
 from tests.pods.container import Image
-from tests.pods.network import Network, Unavailable
+from tests.pods.network import POD_IP, Network, Unavailable
 from tests.pods.runner import Pod
 from tests.support.pods import ENABLED, annotated
 from tests.support.processes import ROOT, STARTER, environment, sidecar
@@ -44,16 +45,20 @@ class Rig:
         *,
         config: str | None = CONFIG,
         change: Callable[[Json], None] = lambda planned: None,
+        addresses: tuple[str, ...] = (POD_IP,),
+        maps: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
         **injection: Any,
     ) -> Iterator[Pod]:
         """The pod, injected and started; `change` makes it another than the injector's."""
         name = None if config is None else "config"
         settings = Injection(image="sidecar", config=name, **injection)
-        maps = {"mcp-policy": policy, "config": {"config.yaml": config or ""}}
+        there = {"mcp-policy": policy, "config": {"config.yaml": config or ""}, **maps}
         folder = self.folder / f"pod-{len(list(self.folder.iterdir()))}"
         injected = plan(pod, ENABLED, settings)
         change(injected)
-        with Pod(injected, images=self.images, config_maps=maps, folder=folder) as found:
+        with Pod(
+            injected, images=self.images, config_maps=there, folder=folder, addresses=addresses
+        ) as found:
             yield found
 
 

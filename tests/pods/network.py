@@ -16,8 +16,10 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 NAMESPACES = Path("/run/netns")
-POD_IP = "192.0.2.2"
-OUTSIDE_IP = "192.0.2.1"
+POD_IP, POD_IP6 = "192.0.2.2", "2001:db8::2"
+OUTSIDE_IP, OUTSIDE_IP6 = "192.0.2.1", "2001:db8::1"
+PEERS = {POD_IP: (OUTSIDE_IP, 24), POD_IP6: (OUTSIDE_IP6, 64)}
+"""Who is at the other end of the cable, and how long the prefix is that both have."""
 
 Value = TypeVar("Value")
 
@@ -29,9 +31,10 @@ class Unavailable(RuntimeError):
 
 
 class Network:
-    """Two namespaces, for as long as the block lasts."""
+    """Two namespaces, for as long as the block lasts; the pod's has these addresses."""
 
-    def __init__(self) -> None:
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = addresses or (POD_IP,)
         self._name = f"mcp-pod-{secrets.token_hex(4)}"
         self.pod = NAMESPACES / f"{self._name}-in"
         self.outside = NAMESPACES / f"{self._name}-out"
@@ -45,12 +48,15 @@ class Network:
                 "link", "add", f"{cable}p", "netns", self.pod.name, "type", "veth",
                 "peer", "name", f"{cable}o", "netns", self.outside.name,
             )  # fmt: skip
-            ends = ((self.pod, f"{cable}p", POD_IP), (self.outside, f"{cable}o", OUTSIDE_IP))
-            for end, name, address in ends:
-                inside = ("-n", end.name)
-                _ip(*inside, "address", "add", f"{address}/24", "dev", name)
-                _ip(*inside, "link", "set", name, "up")
-                _ip(*inside, "link", "set", "lo", "up")
+            ends = ((self.pod, f"{cable}p"), (self.outside, f"{cable}o"))
+            for end, name in ends:
+                _ip("-n", end.name, "link", "set", name, "up")
+                _ip("-n", end.name, "link", "set", "lo", "up")
+            for address in self.addresses:
+                outside, prefix = PEERS[address]
+                for (end, name), own in zip(ends, (address, outside), strict=True):
+                    add = ("address", "add", f"{own}/{prefix}", "dev", name)
+                    _ip("-n", end.name, *add, *(["nodad"] if ":" in own else []))
         except BaseException:
             self.__exit__(None, None, None)
             raise

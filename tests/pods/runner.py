@@ -22,7 +22,7 @@ from tests.pods import spec as pod_spec
 from tests.pods.container import Container, Image, Mount
 from tests.pods.network import POD_IP, Network, enter
 from tests.pods.spec import Json
-from tests.pods.volumes import Payload, empty_dir, labels_file
+from tests.pods.volumes import Payload, empty_dir, labels_file, token_for
 from tests.support.processes import wait_until
 
 TICK = 0.02
@@ -45,11 +45,12 @@ class Pod:
         images: Mapping[str, Image],
         config_maps: Mapping[str, Files],
         folder: Path,
+        addresses: tuple[str, ...] = (POD_IP,),
     ) -> None:
         pod_spec.check(pod)
         self.spec, self.folder = pod["spec"], folder
-        self.fields = pod_spec.fields(pod, POD_IP)
-        self.images, self.network = images, Network()
+        self.fields = pod_spec.fields(pod, addresses)
+        self.images, self.network = images, Network(*addresses)
         self.stopping = threading.Event()
         self.payloads: dict[str, Payload] = {}
         self.volumes = dict(self._volumes(pod, config_maps))
@@ -64,15 +65,21 @@ class Pod:
             if "emptyDir" in each:
                 yield each["name"], empty_dir(path)
                 continue
-            kind = "configMap" if "configMap" in each else "downwardAPI"
-            said = each[kind]
-            files: Files = (
-                config_maps[said["name"]]
-                if kind == "configMap"
-                else {item["path"]: self._field(pod, item) for item in said["items"]}
-            )
+            said, files = self._files(pod, each, config_maps)
             self.payloads[each["name"]] = Payload(path, files, said.get("defaultMode", 0o644))
             yield each["name"], path
+
+    def _files(self, pod: Json, volume: Json, maps: Mapping[str, Files]) -> tuple[Json, Files]:
+        """What is said of a volume with files, and the files."""
+        if "configMap" in volume:
+            said = volume["configMap"]
+            return said, maps[said["name"]]
+        if "projected" in volume:
+            said = volume["projected"]
+            tokens = [each["serviceAccountToken"] for each in said["sources"]]
+            return said, {each["path"]: token_for(each["audience"]) for each in tokens}
+        said = volume["downwardAPI"]
+        return said, {item["path"]: self._field(pod, item) for item in said["items"]}
 
     def _field(self, pod: Json, item: Json) -> str:
         path = item["fieldRef"]["fieldPath"]
@@ -262,7 +269,7 @@ class Member:
             self._stop(container)
         if not self.first:
             self.passed.set()
-        probes = Probes(self._spec, container)
+        probes = Probes(self._spec, container, self._pod.network.addresses[0])
         while (code := container.code) is None:
             self.started = self.started or probes.startup()
             if self.started:
@@ -307,10 +314,9 @@ class Member:
 class Probes:
     """The questions to one life of a container, each asked when its time has come."""
 
-    def __init__(self, spec: Json, container: Container) -> None:
-        self._container, self._spec = container, spec
+    def __init__(self, spec: Json, container: Container, address: str) -> None:
         self._probes = {
-            kind: Probe(spec[kind], spec, container)
+            kind: Probe(spec[kind], spec, container, address)
             for kind in ("startupProbe", "livenessProbe", "readinessProbe")
             if kind in spec
         }
@@ -336,8 +342,9 @@ class Probes:
 class Probe:
     """A question with its memory: the verdict is None until there is one."""
 
-    def __init__(self, said: Json, spec: Json, container: Container) -> None:
+    def __init__(self, said: Json, spec: Json, container: Container, address: str) -> None:
         self._said, self._spec, self._container = said, spec, container
+        self._address = address
         self._next = time.monotonic() + said.get("initialDelaySeconds", 0)
         self._failures = 0
         self.verdict: bool | None = None
@@ -363,9 +370,9 @@ class Probe:
         port = self._port(asked["port"])
         with suppress(OSError, http.client.HTTPException):
             if "tcpSocket" in self._said:
-                socket.create_connection((POD_IP, port), seconds).close()
+                socket.create_connection((self._address, port), seconds).close()
                 return True
-            connection = http.client.HTTPConnection(POD_IP, port, timeout=seconds)
+            connection = http.client.HTTPConnection(self._address, port, timeout=seconds)
             headers = {each["name"]: each["value"] for each in asked.get("httpHeaders") or ()}
             try:
                 connection.request("GET", asked.get("path", "/"), headers=headers)

@@ -39,6 +39,7 @@ _CONTAINER = {
     },
     "imagePullPolicy": NOTED, "resources": NOTED, "terminationMessagePolicy": NOTED,
 }  # fmt: skip
+_TOKEN = {"audience": NOTED, "expirationSeconds": NOTED, "path": NOTED}
 _FIELD_FILE = {"path": NOTED, "fieldRef": _FIELD}
 POD = {
     "apiVersion": NOTED,
@@ -52,6 +53,7 @@ POD = {
                 "name": NOTED,
                 "emptyDir": {"medium": NOTED, "sizeLimit": NOTED},
                 "configMap": {"name": NOTED, "defaultMode": NOTED},
+                "projected": {"sources": [{"serviceAccountToken": _TOKEN}], "defaultMode": NOTED},
                 "downwardAPI": {"items": [_FIELD_FILE], "defaultMode": NOTED},
             }
         ],
@@ -96,10 +98,11 @@ def _check(value: Any, shape: Shape, path: str) -> None:
             _check(each, shape[name], f"{path}.{name}")
 
 
-def fields(pod: Json, pod_ip: str) -> Mapping[str, str]:
+def fields(pod: Json, addresses: tuple[str, ...]) -> Mapping[str, str]:
     """What the downward API knows of a pod."""
     return {
-        "status.podIP": pod_ip,
+        "status.podIP": addresses[0],
+        "status.podIPs": ",".join(addresses),
         "metadata.name": pod["metadata"]["name"],
         "metadata.namespace": pod["metadata"].get("namespace", "default"),
         "spec.serviceAccountName": pod["spec"].get("serviceAccountName", "default"),

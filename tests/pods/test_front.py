@@ -12,6 +12,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,20 @@ import pytest
 from mcp import MCPError
 
 from sidecar.injector.injection import ADMIN_PORT, OPA_PORT
-from tests.pods.asking import PORT, URL, asked, call, connects, log, python, readyz
+from tests.pods.asking import (
+    PORT,
+    URL,
+    WRITES,
+    asked,
+    by_socket,
+    call,
+    connects,
+    log,
+    python,
+    readyz,
+)
 from tests.pods.conftest import Rig, server_pod
-from tests.pods.network import OUTSIDE_IP, POD_IP, within
+from tests.pods.network import OUTSIDE_IP, POD_IP, POD_IP6, within
 from tests.pods.runner import Pod
 from tests.support.client import LEGACY, over_http, tools_of
 from tests.support.processes import done, wait_until
@@ -121,19 +133,6 @@ for each in filter(str.isdigit, os.listdir("/proc")):
 print(there, len(named) > 0)
 """
     assert python(pod, name, program).startswith("[]")
-
-
-WRITES = [
-    ("PUT", "/v1/policies/evil", "package evil"),
-    ("DELETE", "/v1/policies/policy/custom.rego", ""),
-    ("PUT", "/v1/data/mcp/grants", "{}"),
-    ("PATCH", "/v1/data", '[{"op":"add","path":"x","value":1}]'),
-    ("POST", "/v1/data/mcp/authz/decision", '{"input":{}}'),
-    ("POST", "/v1/query", '{"query":"data"}'),
-    ("GET", "/v1/data", ""),
-    ("GET", "/v1/config", ""),
-    ("POST", "/", "{}"),
-]
 
 
 def test_opas_api_is_not_on_the_network(pod: Pod) -> None:
@@ -237,16 +236,7 @@ def test_with_authorization_the_socket_takes_questions_only(
     policy = {**starter, "evil.rego": added}
     with rig.running(server_pod(), policy, opa_authorization=True) as pod:
         pod.wait_ready()
-        program = f"""
-import http.client, socket
-for method, path, body in {WRITES!r}:
-    connection = http.client.HTTPConnection("opa")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect("/run/mcp-opa/opa.sock")
-    connection.request(method, path, body)
-    print(path, connection.getresponse().status)
-"""
-        answers = [line.split() for line in python(pod, "mcp-sidecar", program).splitlines()]
+        answers = by_socket(pod)
         assert len(answers) == len(WRITES)
         for path, code in answers:
             passes = path == "/v1/data/mcp/authz/decision"
@@ -447,6 +437,58 @@ def test_what_is_in_flight_is_finished_at_the_end(
         assert {name: each.codes[-1] for name, each in pod.members.items()} == {
             "mcp-opa": 0, "mcp-sidecar": 0, "app": 0,
         }  # fmt: skip
+
+
+@KINDS
+def test_while_a_server_goes_on_its_sidecar_lets_others_in(
+    rig: Rig, starter: Mapping[str, str], native: bool
+) -> None:
+    """At the end of a pod, while Services still send to it and its server takes its time."""
+    found = server_pod()
+    waits = "touch /data/ending; while test -e /data/stay; do sleep 0.1; done"
+    hook = {"preStop": {"exec": {"command": ["sh", "-c", waits]}}}
+    found["spec"]["containers"][0]["lifecycle"] = hook
+    with rig.running(found, starter, native=native, pause=10) as pod:
+        pod.wait_ready()
+        data = pod.volumes["data"]
+        (data / "stay").touch()
+        ender = threading.Thread(target=pod.delete)
+        ender.start()
+        wait_until((data / "ending").exists, "the pod is to end")
+        assert call(pod, "get_ticket", id=4711) == 0
+        (data / "stay").unlink()
+        ender.join()
+        assert "finishing what is in flight" in pod.log("mcp-sidecar")
+        assert {name: each.codes[-1] for name, each in pod.members.items()} == {
+            "mcp-opa": 0, "mcp-sidecar": 0, "app": 0,
+        }  # fmt: skip
+
+
+# ── Addresses ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(
+    not Path("/proc/net/if_inet6").exists(), reason="missing: IPv6 (a kernel that has it)"
+)
+@pytest.mark.parametrize(
+    "addresses",
+    [(POD_IP, POD_IP6), (POD_IP6, POD_IP), (POD_IP6,)],
+    ids=["both", "IPv6 first", "IPv6"],
+)
+@KINDS
+def test_each_address_of_the_pod_is_the_sidecars(
+    rig: Rig, starter: Mapping[str, str], addresses: tuple[str, ...], native: bool
+) -> None:
+    with rig.running(server_pod(), starter, native=native, addresses=addresses) as pod:
+        pod.wait_ready()
+        for each in addresses:
+            host = f"[{each}]" if ":" in each else each
+            url = f"http://{host}:{PORT}/mcp"
+            assert call(pod, "get_ticket", url=url, id=4711) == 0
+            assert call(pod, "delete_ticket", url=url, id=4711) == -31403
+            for port in (ADMIN_PORT, OPA_PORT):
+                assert pod.network.from_outside(partial(connects, each, port))
+        assert "delete_ticket" not in done(log(pod))
 
 
 def test_a_pod_that_has_done_its_work_ends(rig: Rig, starter: Mapping[str, str]) -> None:

@@ -61,3 +61,8 @@ class Payload:
 def labels_file(labels: Mapping[str, str]) -> str:
     """`metadata.labels` as the downward API writes it."""
     return "\n".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+
+
+def token_for(audience: str) -> str:
+    """What stands for the token of the pod's account."""
+    return f"token-of-the-pod.for.{audience}"

@@ -74,9 +74,9 @@ class Authority:
     def pem(self) -> bytes:
         return self._ca.cert_pem.bytes()
 
-    def server(self) -> Issued:
-        """For this machine's loopback."""
-        leaf = self._ca.issue_cert("localhost", "127.0.0.1")
+    def server(self, *names: str) -> Issued:
+        """For this machine's loopback, unless it has other names."""
+        leaf = self._ca.issue_cert(*(names or ("localhost", "127.0.0.1")))
         chain = b"".join(each.bytes() for each in leaf.cert_chain_pems)
         return Issued(
             x509.load_pem_x509_certificate(chain),

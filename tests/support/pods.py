@@ -7,7 +7,19 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from sidecar.injector.injection import Json, Namespace
+from sidecar.injector.bundles import Bundle, Revocation
+from sidecar.injector.injection import Injection, Json, Namespace
+
+PUBLIC_KEY = """\
+-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEvZ9zZsQn7d0eJ0cH2yYd9Jw0d3Ff
+rQmT5u0x3sV4n5l8Jq1o2c7k9Wb6Xy0Zt1Lr2Pp3Ee4Uu5Ii6Oo7Aa8Ss9Q==
+-----END PUBLIC KEY-----
+"""
+BUNDLE = Injection(
+    bundle=Bundle(url="https://bundles.example", resource="mcp.tar.gz", key=PUBLIC_KEY),
+    revocation=Revocation("revoked.tar.gz"),
+)
 
 ENABLED = Namespace("support", {"mcp-opa-sidecar.io/injection": "enabled"})
 

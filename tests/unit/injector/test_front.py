@@ -17,5 +17,5 @@ def test_the_server_is_told_to_listen_on_loopback() -> None:
 
 def test_the_sidecar_takes_the_server_s_port_on_the_pod_s_address() -> None:
     arguments = container(plan(pod(), ENABLED, Injection()), "mcp-sidecar")["args"]
-    assert "--listen=$(POD_IP):8080" in arguments
+    assert "--listen=[$(POD_IPS)]:8080" in arguments
     assert "--upstream=http://127.0.0.1:8080/mcp" in arguments

@@ -22,7 +22,7 @@ from tests.support.pods import ENABLED, annotated, container, containers, pod
 LASTING = ["mcp-opa", "mcp-sidecar"]
 NATIVE, ORDERED = Injection(), Injection(native=False)
 INJECTIONS = st.sampled_from(
-    [NATIVE, ORDERED, Injection(config="mcp-config", otlp="http://c:4318")]
+    [NATIVE, ORDERED, Injection(config="mcp-config", otlp="http://c:4318"), pods.BUNDLE]
 )
 
 
@@ -102,6 +102,29 @@ def test_only_we_mount_what_is_ours(found: Json) -> None:
     for name, names in mounts.items():
         assert name in NAMES or not any(each.startswith("mcp-opa-sidecar-") for each in names)
     assert "mcp-opa-sidecar-opa" in mounts["mcp-opa"] & mounts["mcp-sidecar"]
+
+
+@pytest.mark.parametrize(
+    ("grace", "pause", "seconds"),
+    [
+        pytest.param(None, 5, "5", id="as long as is said"),
+        pytest.param(120, 60, "60", id="long, where there is time"),
+        pytest.param(20, 10, "7", id="what is left of the pod's time"),
+        pytest.param(13, 5, None, id="no time"),
+        pytest.param(0, 5, None, id="none at all"),
+        pytest.param(30, 0, None, id="none wanted"),
+    ],
+)
+def test_ordered_containers_go_on_for_a_while_at_the_end(
+    grace: int | None, pause: int, seconds: str | None
+) -> None:
+    found = pod(terminationGracePeriodSeconds=grace)
+    planned = plan(found, ENABLED, Injection(native=False, pause=pause))
+    hooks = [container(planned, name)["lifecycle"] for name in LASTING]
+    told = [hook.get("preStop", {"exec": {"command": [None]}})["exec"]["command"] for hook in hooks]
+    assert [command[-1] for command in told] == [seconds, seconds]
+    native = plan(found, ENABLED, Injection(pause=pause))
+    assert all("lifecycle" not in container(native, name) for name in LASTING)
 
 
 @pytest.mark.parametrize("injection", [NATIVE, ORDERED])
