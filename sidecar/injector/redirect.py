@@ -33,7 +33,7 @@ def _wish(spec: Json, said: Mapping[str, str]) -> Wish:
 
 def _arguments(wish: Wish, injection: Injection) -> list[str]:
     return [
-        f"--listen=0.0.0.0:{SIDECAR_PORT}",
+        f"--listen=[{LOOPBACK},$(POD_IPS)]:{SIDECAR_PORT}",
         f"--upstream=http://{LOOPBACK}:{wish.port}{wish.path}",
     ]
 
@@ -52,9 +52,9 @@ def _first(wish: Wish, injection: Injection) -> list[Json]:
                 f"--port={wish.port}",
                 f"--to={SIDECAR_PORT}",
                 f"--except-uid={injection.sidecar_id}",
-                "--address=$(POD_IP)",
+                "--address=$(POD_IPS)",
             ],
-            "env": [{"name": "POD_IP", "valueFrom": {"fieldRef": field("status.podIP")}}],
+            "env": [{"name": "POD_IPS", "valueFrom": {"fieldRef": field("status.podIPs")}}],
             "resources": dict(injection.sidecar_resources),
             "securityContext": {
                 **restricted(0, 0),

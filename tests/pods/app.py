@@ -33,8 +33,12 @@ def main() -> None:
         return PlainTextResponse("", 500 if (options.data / "sick").exists() else 200)
 
     server.custom_route("/healthz", methods=["GET"])(health)
-    host = "0.0.0.0" if options.everywhere else os.environ.get("MCP_HOST", "0.0.0.0")
-    with socket.create_server((host, options.port), reuse_port=options.share_port) as listener:
+    host = "::" if options.everywhere else os.environ.get("MCP_HOST", "::")
+    both = host == "::"
+    with socket.create_server(
+        (host, options.port), family=socket.AF_INET6 if both else socket.AF_INET,
+        dualstack_ipv6=both, reuse_port=options.share_port,
+    ) as listener:  # fmt: skip
         print(f"listening on {host}", flush=True)
         app = server.streamable_http_app(json_response=True, host=host)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none")).run([listener])

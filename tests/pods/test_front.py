@@ -273,7 +273,7 @@ def test_without_a_sidecar_the_pod_is_not_ready(
         if native:
             assert not pod["app"].begun
         else:
-            wait_until(lambda: "listening on 0.0.0.0" in pod.log("app"), "the server is there")
+            wait_until(lambda: "listening on ::" in pod.log("app"), "the server is there")
         reached = pod.network.from_outside(lambda: connects(POD_IP, PORT))
         assert (reached, pod.ready) == (not native, False)
 

@@ -19,7 +19,7 @@ from mcp import MCPError
 from sidecar.injector.injection import SIDECAR_PORT
 from tests.pods.asking import PORT, URL, asked, call, log, python
 from tests.pods.conftest import Json, Rig, server_pod
-from tests.pods.network import POD_IP, Network, within
+from tests.pods.network import POD_IP, POD_IP6, Network, within
 from tests.pods.runner import Pod
 from tests.support.client import LEGACY, over_http, tools_of
 from tests.support.pods import annotated, container
@@ -28,7 +28,9 @@ from tests.support.processes import done, sidecar, wait_until
 pytestmark = pytest.mark.timeout(180)
 
 HARMLESS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-OUTSIDERS = [("127.0.0.1", PORT), (POD_IP, PORT), ("0.0.0.0", PORT), ("127.8.8.8", PORT)]
+ADDRESSES = ["127.0.0.1", "127.8.8.8", "0.0.0.0", POD_IP, "::ffff:127.0.0.1", POD_IP6, "::1", "::"]
+CLOSED = {POD_IP6, "::1", "::"}
+"""From within, rules lead to loopback, and of that the sidecar has IPv4's."""
 
 
 def redirected(*arguments: str, **spec: Any) -> Json:
@@ -47,7 +49,8 @@ def redirected(*arguments: str, **spec: Any) -> Json:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["native", "ordered"])
 def pod(request: pytest.FixtureRequest, rig: Rig, starter: Mapping[str, str]) -> Iterator[Pod]:
-    with rig.running(redirected(), starter, native=request.param) as found:
+    both = (POD_IP, POD_IP6)
+    with rig.running(redirected(), starter, native=request.param, addresses=both) as found:
         found.wait_ready()
         yield found
 
@@ -72,12 +75,15 @@ def test_clients_get_what_the_policy_allows(pod: Pod) -> None:
 
 # What the server says of itself at a path that the sidecar does not have, to who gets through.
 HEALTHZ = """
-import http.client, socket, sys
-host, port, protocol = {host!r}, {port}, {protocol}
-with socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol) as s:
+import http.client, socket
+host, protocol = {host!r}, {protocol}
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+with socket.socket(family, socket.SOCK_STREAM, protocol) as s:
     s.settimeout(5)
-    s.connect((host, port))
-    connection = http.client.HTTPConnection(host)
+    if s.connect_ex((host, {port})) != 0:
+        print("closed")
+        raise SystemExit
+    connection = http.client.HTTPConnection("localhost")
     connection.sock = s
     connection.request("GET", "/healthz")
     print(connection.getresponse().status)
@@ -85,28 +91,31 @@ with socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol) as s:
 PROTOCOLS = {"TCP": 0, "Multipath TCP": 262}
 
 
-def healthz(host: str, port: int, protocol: int = 0) -> str:
-    return HEALTHZ.format(host=host, port=port, protocol=protocol)
+def healthz(host: str, protocol: int = 0) -> str:
+    return HEALTHZ.format(host=host, port=PORT, protocol=protocol)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
-@pytest.mark.parametrize(("host", "port"), OUTSIDERS)
+@pytest.mark.parametrize("host", ADDRESSES)
 @pytest.mark.parametrize("name", ["app", "neighbour", "root"])
-def test_nobody_in_the_pod_reaches_it(
-    pod: Pod, name: str, host: str, port: int, protocol: int
-) -> None:
+def test_nobody_in_the_pod_reaches_it(pod: Pod, name: str, host: str, protocol: int) -> None:
     """Nor its own container, nor root without capabilities: all of them get the sidecar."""
-    assert python(pod, name, healthz(host, port, protocol)) == "404"
+    found = python(pod, name, healthz(host, protocol))
+    assert found == ("closed" if host in CLOSED else "404")
 
 
 def test_the_sidecar_reaches_it(pod: Pod) -> None:
     """Else the tests above would find nothing that can be reached."""
-    assert python(pod, "mcp-sidecar", healthz("127.0.0.1", PORT)) == "200"
+    for host in ADDRESSES:
+        assert python(pod, "mcp-sidecar", healthz(host)) == "200"
 
 
 def test_outside_gets_the_sidecar(pod: Pod) -> None:
     assert asked(pod, "GET", PORT, "/healthz") == 404
     assert asked(pod, "GET", SIDECAR_PORT, "/healthz") == 404
+    url = f"http://[{POD_IP6}]:{PORT}/mcp"
+    assert call(pod, "get_ticket", url=url, id=4711) == 0
+    assert call(pod, "export_all", url=url) == -31403
 
 
 def test_port_forward_gets_the_sidecar(pod: Pod) -> None:
@@ -114,7 +123,7 @@ def test_port_forward_gets_the_sidecar(pod: Pod) -> None:
 
     def forwarded() -> int:
         ran = subprocess.run(
-            [sys.executable, "-c", healthz("127.0.0.1", PORT)],
+            [sys.executable, "-c", healthz("127.0.0.1")],
             capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
         return int(ran.stdout)
@@ -148,7 +157,7 @@ def test_the_rules_can_not_be_undone(pod: Pod, name: str) -> None:
         undone = member.exec(["/usr/sbin/nft", line], 10)
         assert undone.returncode != 0
         assert b"Operation not permitted" in undone.stderr
-    assert python(pod, "neighbour", healthz("127.0.0.1", PORT)) == "404"
+    assert python(pod, "neighbour", healthz("127.0.0.1")) == "404"
 
 
 BECOMING = """

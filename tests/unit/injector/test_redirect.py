@@ -30,7 +30,7 @@ def test_the_server_is_told_nothing_and_the_sidecar_is_elsewhere() -> None:
     planned = plan(found, ENABLED, Injection())
     assert container(planned, "app") == container(found, "app")
     arguments = container(planned, "mcp-sidecar")["args"]
-    assert "--listen=0.0.0.0:15801" in arguments
+    assert "--listen=[127.0.0.1,$(POD_IPS)]:15801" in arguments
     assert "--upstream=http://127.0.0.1:8080/mcp" in arguments
 
 
