@@ -4,7 +4,6 @@
 
     SidecarError                 code: stable, snake_case; metric label, log field and reason code
     ├── ConfigError              the operator's to mend; exit 125; lists every problem at once
-    │   └── NotSupported         asked for, known to us, not built (yet); exit 125
     ├── PolicyUnusable           the own OPA or its policy can not be used at start; exit 126
     ├── ProtocolError            the peer's fault; answered, never forwarded
     │   ├── MalformedMessage     not JSON-RPC, or JSON that two parsers may read differently
@@ -73,12 +72,6 @@ class ConfigError(SidecarError):
     def __init__(self, problems: Sequence[str] | str) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("; ".join(self.problems))
-
-
-class NotSupported(ConfigError):
-    """Something that this version knows by name and has not built."""
-
-    code = "not_supported"
 
 
 class PolicyUnusable(SidecarError):

@@ -9,11 +9,11 @@ from difflib import get_close_matches
 from ipaddress import ip_address
 from typing import NoReturn
 
-from sidecar import __version__
+from sidecar import __version__, shim
 
 CONFIG_FAULT = 125
 
-LATER = ("shim", "audit")
+LATER = ("audit",)
 """Commands that have a name and a place, and are not there yet."""
 
 DESCRIPTION = """\
@@ -29,6 +29,7 @@ examples:
   mcp-sidecar pin --upstream http://127.0.0.1:8080/mcp > pins.json
   mcp-sidecar tail --control /run/mcp-sidecar/control.sock --decision deny
   mcp-sidecar inject -f deployment.yaml | kubectl apply -f -
+  mcp-sidecar shim --socket /run/mcp-stdio/server.sock --peer 20001 -- python server.py
 
 exit codes: 125 configuration or usage, 126 OPA or its policy unusable, else the wrapped command's
 """
@@ -63,6 +64,24 @@ examples:
 
 What is not injected stays as it is, byte for byte. When one pod is refused, nothing is written.
 """
+SHIM_DESCRIPTION = """\
+Stand in the container of a stdio server, for the sidecar in another one
+(`http --upstream unix-stdio:///PATH`): each connection to the socket gets a process of COMMAND of
+its own, whose stdin and stdout it is. Bytes are carried and not looked at. Linux only.
+
+One process waits for the first connection; when it ends before that, so does the shim, with its
+code.
+"""
+SHIM_EPILOG = """\
+`--install` is for an init container: what it writes runs in any image for the same kind of machine,
+also in one that has neither a Python nor a libc:
+
+  FOLDER/ld.so --library-path FOLDER/lib FOLDER/bin/python3 -I -S -X utf8 FOLDER/shim.py \\
+      [OPTIONS] -- COMMAND [ARG...]
+
+exit codes: 0 ended by SIGTERM, 125 usage, 126 or 127 COMMAND can not be executed or found, else
+COMMAND's own
+"""
 BUILD_EPILOG = """\
 examples:
   mcp-sidecar policy build ./policy -o configmap.yaml --namespace support
@@ -80,6 +99,7 @@ example of a FILE:
 """
 SIGNING = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512")
 LEGACY = "a path that ends in /sse means legacy HTTP+SSE"
+SHIMMED = "unix-stdio:///PATH the socket of `mcp-sidecar shim`"
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,9 +134,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     _add_tail(modes)
     _add_policy(modes)
     _add_injector(modes)
+    _add_shim(modes)
     _refuse_unknown_command(arguments, parser, tuple(modes.choices))
     options = parser.parse_args(arguments)
     options.command = command
+    if options.mode == "shim" and bool(command) is bool(options.install):
+        modes.choices["shim"].error("shim needs -- COMMAND, or --install FOLDER")
     if options.mode == "pin" and bool(command) is bool(options.upstream):
         modes.choices["pin"].error("pin needs one server: --upstream URL, or -- COMMAND")
     return options
@@ -150,7 +173,9 @@ def _add_stdio(modes: argparse._SubParsersAction[Parser]) -> None:
         epilog=OPTIONS_EPILOG,
     )
     parser.add_argument(
-        "--upstream", metavar="URL", help=f"an HTTP server's, in place of a COMMAND; {LEGACY}"
+        "--upstream",
+        metavar="URL",
+        help=f"an HTTP server's, in place of a COMMAND; {LEGACY}, {SHIMMED}",
     )
     _add_common(parser)
 
@@ -162,7 +187,8 @@ def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
         usage="mcp-sidecar http [OPTIONS] --listen HOST:PORT "
         "(--upstream [NAME=]URL | -- COMMAND [ARG...])",
         description="Listen for MCP clients and stand between them and the server at URL, or a "
-        "server that COMMAND starts, anew for each session, and that is served at /mcp.",
+        "server that COMMAND starts, anew for each session, and that is served at /mcp. So is one "
+        "that a shim starts behind a unix socket (unix-stdio:///PATH).",
         epilog=OPTIONS_EPILOG,
     )
     parser.add_argument(
@@ -170,7 +196,8 @@ def _add_http(modes: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--upstream", metavar="[NAME=]URL", action="append",
-        help=f"the server's endpoint, whose path is served; of several, each below /NAME; {LEGACY}",
+        help=f"the server's endpoint, whose path is served; of several, each below /NAME; {LEGACY},"
+        f" {SHIMMED}",
     )  # fmt: skip
     _add_common(parser)
 
@@ -198,7 +225,7 @@ def _add_pin(modes: argparse._SubParsersAction[Parser]) -> None:
         "tool that changes later, or is new, is not `pinned`. Nothing is called, no policy asked.",
         epilog="exit codes: 0 written, or as pinned; 1 not as pinned; 125 could not be listed",
     )
-    parser.add_argument("--upstream", metavar="URL", help=f"an HTTP server's; {LEGACY}")
+    parser.add_argument("--upstream", metavar="URL", help=f"an HTTP server's; {LEGACY}, {SHIMMED}")
     parser.add_argument(
         "--check", metavar="FILE", help="say what is not as in this file of pins, and write none"
     )
@@ -356,6 +383,21 @@ def _addresses(text: str) -> tuple[str, ...]:
         return tuple(str(ip_address(each)) for each in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError("IP addresses, with commas between them") from None
+
+
+def _add_shim(modes: argparse._SubParsersAction[Parser]) -> None:
+    parser = modes.add_parser(
+        "shim",
+        help="in the container of a stdio server: serve it to the sidecar on a unix socket",
+        usage="mcp-sidecar shim ([OPTIONS] -- COMMAND [ARG...] | --install FOLDER)",
+        description=SHIM_DESCRIPTION,
+        epilog=SHIM_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shim.add_options(parser)
+    parser.add_argument(
+        "--install", metavar="FOLDER", help="write the shim, and all that it needs, into a folder"
+    )
 
 
 def _last(text: str) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sidecar.config import Listen, Settings
     from sidecar.opa import DecisionClient, OpaTracing, OwnOpa, Readiness
     from sidecar.pipeline import Pipeline
-    from sidecar.protocol.jsonrpc import Strictness
+    from sidecar.protocol.jsonrpc import JsonObject, Strictness
     from sidecar.telemetry import Series, Telemetry
 
 log = logging.getLogger("sidecar")
@@ -72,13 +72,15 @@ async def started(settings: Settings) -> AsyncIterator[Core]:
             pod=pod(settings.pod),
         )
         readiness = _watched(settings, decider, own, pipeline, stack)
-        _observe(traces, pipeline, readiness)
+        _observe(traces, pipeline, readiness, settings)
         if settings.admin is not None:
-            await _admin(settings.admin, readiness, traces, stack)
+            await _admin(settings, settings.admin, readiness, traces, stack)
         yield Core(pipeline, readiness, traces, stopping())
 
 
-def _observe(traces: Telemetry, pipeline: Pipeline, readiness: Readiness) -> None:
+def _observe(
+    traces: Telemetry, pipeline: Pipeline, readiness: Readiness, settings: Settings
+) -> None:
     """Have the metrics tell what goes on, and how the policy does."""
 
     def revision() -> Series:
@@ -90,7 +92,7 @@ def _observe(traces: Telemetry, pipeline: Pipeline, readiness: Readiness) -> Non
 
     traces.observe("authz.calls.active", lambda: pipeline.in_flight)
     traces.observe("authz.streams.active", lambda: pipeline.load.streams)
-    traces.observe("authz.ready", lambda: readiness.ready)
+    traces.observe("authz.ready", lambda: with_servers(readiness.status(), settings)["ready"])
     traces.observe("authz.opa.up", lambda: readiness.error is None)
     traces.observe("authz.policy.info", revision)
     traces.observe("authz.policy.age", age)
@@ -162,7 +164,11 @@ def _of_traces(name: str) -> str | None:
 
 
 async def _admin(
-    listen: Listen, readiness: Readiness, traces: Telemetry, stack: AsyncExitStack
+    settings: Settings,
+    listen: Listen,
+    readiness: Readiness,
+    traces: Telemetry,
+    stack: AsyncExitStack,
 ) -> None:
     from sidecar.transport.admin import serve_admin
     from sidecar.transport.app_health import read_probes
@@ -170,7 +176,7 @@ async def _admin(
     try:
         runner, bound = await serve_admin(
             listen,
-            readiness.status,
+            lambda: with_servers(readiness.status(), settings),
             traces.render_metrics,
             read_probes(os.environ.get("POD_APP_PROBES")),
         )
@@ -179,6 +185,18 @@ async def _admin(
     stack.push_async_callback(runner.cleanup)
     for at in bound:
         log.info("admin on http://%s", at)
+
+
+def with_servers(status: JsonObject, settings: Settings) -> JsonObject:
+    """What `/readyz` says, with the stdio servers in it that can not be had, if there are any."""
+    sockets = {each.name: each.socket for each in settings.upstreams if each.socket is not None}
+    if not sockets:
+        return status
+    from sidecar.transport.wrapped import absence
+
+    absent = {name: absence(path) for name, path in sockets.items()}
+    missing = {name: why for name, why in absent.items() if why is not None}
+    return {**status, "ready": status["ready"] and not missing, "servers": {"missing": missing}}
 
 
 def stopping() -> asyncio.Event:

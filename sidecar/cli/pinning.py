@@ -106,6 +106,8 @@ async def _peer(options: argparse.Namespace, stack: AsyncExitStack) -> Peer:
     read = problems.read(READERS["upstream"], options.upstream, "--upstream")
     if problems:
         raise ConfigError([f"{where}: {bad}" for where, bad in problems])
+    if read[0].socket is not None:
+        return ChildPeer(await Child.connect(read[0].socket), MESSAGE_LIMIT)
     upstream = HttpUpstream(
         read[0].url,
         connect=CONNECT,

@@ -36,6 +36,7 @@ COMMANDS = {
     "pause": ("awaiting", "pause"),
     "redirect": ("redirecting", "redirect"),
     "policy": ("building", "policy"),
+    "shim": ("shimming", "shim"),
 }
 """Commands with options of their own, each in a module that is imported when it is asked for."""
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sidecar.telemetry import Series, Telemetry
     from sidecar.transport.assertion import Assertions
     from sidecar.transport.authentication import Verify
+    from sidecar.transport.child import Start
     from sidecar.transport.exchange import Backend, Route
     from sidecar.transport.metadata import Metadata, OwnMetadata
     from sidecar.transport.peer import Peer
@@ -96,21 +98,29 @@ async def _who(
 
 
 async def _peer(settings: Settings, server: Server, stack: AsyncExitStack) -> Peer:
-    from sidecar.transport.peer import ChildPeer
+    there = settings.upstreams[0] if settings.upstreams else None
+    if there is None or there.socket is not None:
+        from sidecar.transport.peer import ChildPeer
 
-    if not settings.upstreams:
-        from sidecar.transport.child import Child
-
-        return ChildPeer(await Child.start(settings.command), settings.limits.server_message)
+        child = await _start(settings, there)()
+        return ChildPeer(child, settings.limits.server_message)
     from sidecar.protocol.methods import MethodTable
     from sidecar.transport.remote import HttpPeer
     from sidecar.transport.remote_sse import SsePeer
 
-    there = settings.upstreams[0]
     upstream = await _upstream(settings, there, stack)
     if there.transport == "sse":
         return SsePeer(upstream, settings.limits.connect)
     return HttpPeer(upstream, server.catalog, MethodTable.of(settings.protocol.methods))
+
+
+def _start(settings: Settings, there: Upstream | None) -> Start:
+    """How a stdio server is had: the command's, or one of the shim's behind the socket."""
+    from sidecar.transport.child import Child
+
+    if there is not None and there.socket is not None:
+        return partial(Child.connect, there.socket)
+    return partial(Child.start, settings.command)
 
 
 async def serve_http(settings: Settings) -> int:
@@ -166,10 +176,13 @@ async def _routes(settings: Settings, core: Core, stack: AsyncExitStack) -> dict
     from sidecar.transport.sse import SseRelay
 
     if settings.command:
-        return {settings.bridge.path: _bridge(settings, core, stack)}
+        return {settings.bridge.path: _bridge(settings, None, core, stack)}
     documents = _own_metadata(settings)
     routes = {}
     for each in settings.upstreams:
+        if each.socket is not None:
+            routes[each.path] = _bridge(settings, each, core, stack)
+            continue
         upstream = await _upstream(settings, each, stack)
         sessions = Sessions(settings.limits.sessions)
         server = known_server(settings, each.name, stack, each.pins)
@@ -194,13 +207,14 @@ async def _metadata(settings: Settings, stack: AsyncExitStack) -> dict[str, Meta
         if len(own) == 1:
             found.setdefault(well_known_path("/"), *own.values())
         return found
+    asked = [each for each in settings.upstreams if each.socket is None]
     wanted = {
         well_known_path(each.path): replace(each, url=well_known_url(each.url), token_file=None)
-        for each in settings.upstreams
+        for each in asked
     }
-    if len(settings.upstreams) == 1:
+    if len(settings.upstreams) == len(asked) == 1:
         [only] = wanted.values()
-        origin = well_known_url(urljoin(settings.upstreams[0].url, "/"))
+        origin = well_known_url(urljoin(asked[0].url, "/"))
         wanted.setdefault(well_known_path("/"), replace(only, url=origin))
     return {
         path: ServersMetadata(await _upstream(settings, there, stack))
@@ -284,20 +298,22 @@ def _assertions(settings: Settings, there: Upstream) -> Assertions | None:
     )
 
 
-def _bridge(settings: Settings, core: Core, stack: AsyncExitStack) -> Route:
+def _bridge(settings: Settings, there: Upstream | None, core: Core, stack: AsyncExitStack) -> Route:
     from sidecar.transport.bridge import StdioBridge
     from sidecar.transport.exchange import Route, Sessions
     from sidecar.transport.shared import SharedServer
 
-    command, limits = settings.command, settings.limits
-    if shutil.which(command[0]) is None:
+    command, limits, start = settings.command, settings.limits, _start(settings, there)
+    if command and shutil.which(command[0]) is None:
         raise ConfigError(f"COMMAND {command[0]!r} can not be started: there is no such program")
-    server, shared = known_server(settings, settings.server_name, stack), None
+    name, pins = (settings.server_name, None) if there is None else (there.name, there.pins)
+    server, shared = known_server(settings, name, stack, pins), None
     if settings.bridge.shared:
-        shared = SharedServer(core.pipeline, command, server, limits)
-    bridge = StdioBridge(core.pipeline, command, limits, shared)
+        shared = SharedServer(core.pipeline, start, server, limits)
+    bridge = StdioBridge(core.pipeline, start, limits, shared)
     stack.push_async_callback(bridge.stop)
-    document = _own_metadata(settings).get(settings.bridge.path)
+    path = settings.bridge.path if there is None else there.path
+    document = _own_metadata(settings).get(path)
     metadata = document.url if document else None
     return Route(bridge, server, Sessions(limits.sessions), metadata)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from urllib.parse import urlsplit
 from sidecar.config.readers import (
     Bad,
     Key,
-    Later,
     Record,
     a_value,
     mapping,
@@ -25,6 +25,7 @@ from sidecar.config.readers import (
     text,
 )
 from sidecar.config.settings import (
+    STDIO,
     Assertion,
     Listen,
     Proxy,
@@ -46,6 +47,7 @@ _HOST = rf"\[[0-9A-Fa-f:.]+\]|{_HOST_NAME}"
 _HOSTS = rf"\[[0-9A-Fa-f:.]+(?:,[0-9A-Fa-f:.]+)*\]|{_HOST_NAME}"
 _ADDRESS = f"({_HOSTS})(?::({_PORT}))?"
 _URL = rf'https?://(?:{_HOST})(?::(?:{_PORT}))?(?:/[!"$->@-~]*)?'
+_SOCKET = "/[!-~]*[!-.0-~]"
 _PATH = r"(?!.*(?://|/\.\.?(?:/|$)))/[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 
 _PRIVATE = "authorization|proxy-authorization|cookie|mcp-session-id|mcp-sidecar-assertion|x-api-key"
@@ -60,7 +62,10 @@ _flag = a_value("true or false", lambda value: isinstance(value, bool))
 _seconds = number(0.01, 60, int, float)
 _lasting = number(0.1, 31_536_000, int, float)
 _header = text("the name of a header, in lower case", "[a-z0-9-]+")
-_url = text("http(s)://HOST[:PORT][/PATH] without credentials, query and fragment", _URL)
+_WITHOUT = "http(s)://HOST[:PORT][/PATH] without credentials, query and fragment"
+_url = text(_WITHOUT, _URL)
+_server_url = text(f"{_WITHOUT}, or {STDIO}/PATH of a socket", f"{_URL}|{STDIO}{_SOCKET}")
+_SCHEMES = ("http://", "https://", STDIO)
 _path = text("an absolute path without '//', '.', '..' and '%'", _PATH)
 
 
@@ -69,9 +74,14 @@ def _file(value: Any) -> Path:
 
 
 def _upstream_url(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("unix-stdio:"):
-        raise Later("unix-stdio://", "http://, https://")
-    return _url(value)
+    try:
+        return _server_url(value)
+    except Bad as bad:
+        scheme = re.match("[^:]*:/*", value) if isinstance(value, str) else None
+        near = scheme and get_close_matches(scheme[0], _SCHEMES, n=1)
+        if not near or (scheme and scheme[0].startswith(near[0])):
+            raise
+        raise Bad(f"{bad}; did you mean {near[0]}…?") from None
 
 
 def _upstream(
@@ -83,7 +93,14 @@ def _upstream(
     token_file: Path | None = None,
     pins: Path | None = None,
 ) -> Upstream:
-    """Where nothing is said, the path is the server's, and `/sse` speaks the oldest transport."""
+    """Where nothing is said, the path is the server's, and `/sse` speaks the oldest transport.
+
+    A stdio server has no path of its own: it is served where the bridge is.
+    """
+    if url.startswith(STDIO):
+        if transport or token_file:
+            raise ValueError(f"{'transport' if transport else 'token_file'}: {STDIO} is no HTTP")
+        return Upstream(name, path, url, "stdio", pins=pins)
     legacy = re.search("/sse/?$", url) is not None
     return Upstream(
         name=name,
@@ -104,7 +121,8 @@ def _named_upstream(text: str) -> Upstream:
     name, equals, url = text.partition("=")
     if not equals or not re.fullmatch(_NAME, name):
         return _upstream(_upstream_url(text))
-    return _upstream(_upstream_url(url), name=name, path=f"/{name}{urlsplit(url).path}".rstrip("/"))
+    below = "" if url.startswith(STDIO) else urlsplit(url).path
+    return _upstream(_upstream_url(url), name=name, path=f"/{name}{below}".rstrip("/"))
 
 
 def _address(default: int) -> Callable[[Any], Listen]:
@@ -226,7 +244,7 @@ KEYS: Mapping[str, Key] = {
     "listen": _address(15801),
     "admin": lambda value: None if value == "off" else _address(15820)(value),
     **dict.fromkeys(("policy.dir", "policy.stamp"), _file),
-    "policy.opa": text("a URL, or unix:///PATH of a socket", f"{_URL}|unix:///[!-~]*[!-.0-~]"),
+    "policy.opa": text("a URL, or unix:///PATH of a socket", f"{_URL}|unix://{_SOCKET}"),
     **dict.fromkeys(("policy.deadline", "policy.listing_deadline"), _seconds),
     **dict.fromkeys(("policy.poll", "policy.canary"), _seconds),
     "policy.decision_log": one_of("off", "console"),

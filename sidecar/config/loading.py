@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sidecar.config.keys import FLAGS, FOREIGN, GROUPS, KEYS, PREFIX, READERS, VARIABLES
-from sidecar.config.readers import Bad, Later, Problems, mapping
+from sidecar.config.readers import Bad, Problems, mapping
 from sidecar.config.settings import (
     Assertion,
     Audit,
@@ -34,7 +34,7 @@ from sidecar.config.settings import (
     Telemetry,
     Upstream,
 )
-from sidecar.errors import ConfigError, NotSupported
+from sidecar.errors import ConfigError
 from sidecar.policy.identity import UNKNOWN
 from sidecar.policy.issuers import Issuer
 from sidecar.policy.masking import Masking
@@ -57,7 +57,7 @@ def load(
     """The settings of this run. Of `flags`, None is not given, and what is not known is ignored.
 
     Raises:
-        ConfigError: with every problem; as `NotSupported` if one asks for what is not built.
+        ConfigError: with every problem.
     """
     problems, command = Problems(), tuple(flags.get("command") or ())
     name = flags.get("config") or environ.get(PREFIX + "CONFIG")
@@ -74,9 +74,7 @@ def load(
     if document is not None:
         problems += [("", bad) for bad in _disagreements(mode, command, said)]
     if problems:
-        lines = [f"{where}: {bad}" if where else str(bad) for where, bad in problems]
-        later = any(isinstance(bad, Later) for _, bad in problems)
-        raise NotSupported(lines) if later else ConfigError(lines)
+        raise ConfigError([f"{where}: {bad}" if where else str(bad) for where, bad in problems])
     return _build(mode, command, said)
 
 
@@ -161,7 +159,7 @@ def _disagreements(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]
         (not acting and "identity.static" in given, "identity.static: but identity.source is none"),
         (acting and not alone, f"listen: {listen} makes everybody the static actor; {_ALONE}"),
         *_credentials(mode, said, acting=acting),
-        *_asserted(command if mode == "http" else (), said.get("assertion"), servers),
+        *_asserted(mode, command, said.get("assertion"), servers),
         (mode == "stdio" and not served, "no server: stdio needs -- COMMAND, or --upstream URL"),
         (mode == "stdio" and len(servers) > 1 and not command, "upstreams: stdio takes one"),
         (mode == "http" and not served, "no server: http needs --upstream URL, or -- COMMAND"),
@@ -195,11 +193,16 @@ def _credentials(
 
 
 def _asserted(
-    command: tuple[str, ...], assertion: Assertion | None, servers: tuple[Upstream, ...]
+    mode: Mode,
+    command: tuple[str, ...],
+    assertion: Assertion | None,
+    servers: tuple[Upstream, ...],
 ) -> Iterator[tuple[object, str]]:
     """What is wrong with the header that the sidecar signs."""
+    command = command if mode == "http" else ()
+    piped = command or (servers and all(each.socket for each in servers))
     several = assertion and assertion.audience is not None and len(servers) > 1
-    yield assertion and command, "assertion: it is for --upstream; who else reaches a command?"
+    yield assertion and piped, "assertion: it is for servers behind HTTP; who else reaches a pipe?"
     yield several, "assertion.audience: of several upstreams, each is known by its own name"
 
 
@@ -211,8 +214,18 @@ def _issuers(said: Mapping[str, Any]) -> tuple[Issuer, ...]:
 
 def _upstreams(said: Mapping[str, Any]) -> tuple[Upstream, ...]:
     found, name = said.get("upstream") or said.get("upstreams") or (), said.get("server.name")
-    names = [each and (each.name or name or urlsplit(each.url).hostname) for each in found]
-    return tuple(replace(each, name=name) for each, name in zip(found, names, strict=True) if each)
+    path = said.get("bridge.path") or Bridge().path
+    return tuple(
+        replace(each, name=each.name or name or _name(each), path=each.path or path)
+        for each in found
+        if each
+    )
+
+
+def _name(upstream: Upstream) -> str:
+    """By what it is known where it has no name: its host, or the name of its socket."""
+    socket = upstream.socket
+    return str(urlsplit(upstream.url).hostname) if socket is None else socket.stem
 
 
 def _build(mode: Mode, command: tuple[str, ...], said: Mapping[str, Any]) -> Settings:

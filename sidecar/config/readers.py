@@ -13,13 +13,6 @@ class Bad(Exception):
     """A value that can not be used."""
 
 
-class Later(Bad):
-    """One that is known by name, and not built."""
-
-    def __init__(self, what: str, supported: str) -> None:
-        super().__init__(f"{what} is not there yet; supported: {supported}")
-
-
 class Problems(list[tuple[str, Bad]]):
     """Where, as the operator wrote it, and what."""
 

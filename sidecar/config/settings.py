@@ -16,7 +16,10 @@ from sidecar.policy.issuers import Issuer
 from sidecar.policy.masking import Masking
 
 Mode = Literal["stdio", "http", "check"]
-UpstreamTransport = Literal["streamable_http", "sse"]
+UpstreamTransport = Literal["streamable_http", "sse", "stdio"]
+
+STDIO = "unix-stdio://"
+"""How the URL of a stdio server begins that is behind the socket of `mcp-sidecar shim`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,19 @@ class Listen:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """One MCP server behind HTTP."""
+    """One MCP server behind HTTP, or behind the socket of a shim."""
 
     name: str  # `server.name` of the input document; never what the server says of itself
-    path: str  # where the sidecar serves it; default: the path of `url`
-    url: str  # http(s)://HOST[:PORT]/PATH of the server's endpoint
+    path: str  # where the sidecar serves it; default: the path of `url`, or `bridge.path`
+    url: str  # http(s)://HOST[:PORT]/PATH of the server's endpoint, or unix-stdio:///PATH
     transport: UpstreamTransport = "streamable_http"  # default: `sse` where the path ends in /sse
     token_file: Path | None = None  # bearer token for the server, read again when it changes
     pins: Path | None = None  # its `catalog.pins`, where there are several
+
+    @property
+    def socket(self) -> Path | None:
+        """Of the shim; None where the server is behind HTTP."""
+        return Path(self.url.removeprefix(STDIO)) if self.transport == "stdio" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +143,7 @@ class Limits:
     calls_per_actor: int = 500  # the same for the calls of one actor, so that none starves the rest
     streams: int = 10_000  # open streams and subscriptions; beyond it no more are opened
     sessions: int = 10_000  # HTTP sessions that are remembered
-    children: int = 100  # servers that `http -- COMMAND` runs at once: one for each session
+    children: int = 100  # stdio servers behind `http` at once: one for each session
     body: float = 30.0  # seconds for an HTTP request's body to arrive, once its headers have
     connect: float = 5.0  # seconds to reach the upstream
     response: float | None = None  # seconds until its answer begins; None: tools may take hours
@@ -196,7 +204,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
-    """A stdio server behind HTTP (`http -- COMMAND`)."""
+    """A stdio server behind HTTP (`http -- COMMAND`, `http --upstream unix-stdio:///PATH`)."""
 
     path: str = "/mcp"  # where it is served
     shared: bool = False  # one more server, shared by all clients of the stateless revision

@@ -32,7 +32,7 @@ from sidecar.protocol.methods import LEGACY_REVISIONS, REVISIONS
 from sidecar.protocol.session import envelope_version
 from sidecar.rechecking import WITHDRAWN
 from sidecar.transport import headers as rules
-from sidecar.transport.child import Child
+from sidecar.transport.child import Start
 from sidecar.transport.exchange import Exchange, Sessions, Streamable
 from sidecar.transport.hosted import HostedSession
 from sidecar.transport.shared import SharedServer
@@ -46,17 +46,17 @@ PATIENCE = 0.8
 
 
 class StdioBridge(Streamable):
-    """A `Backend` that runs `command`, at most `limits.children` times at once."""
+    """A `Backend` of what `start` starts, at most `limits.children` times at once."""
 
     def __init__(
         self,
         pipeline: Pipeline,
-        command: tuple[str, ...],
+        start: Start,
         limits: Limits,
         shared: SharedServer | None = None,
     ) -> None:
         self._pipeline = pipeline
-        self._command = command
+        self._start_child = start
         self._limits = limits
         self._shared = shared
         self._sessions: OrderedDict[str, HostedSession] = OrderedDict()
@@ -139,12 +139,12 @@ class StdioBridge(Streamable):
 
         Raises:
             Overloaded: there are as many children as there may be, and all have clients.
-            UpstreamError: the command can not be started.
+            UpstreamError: none can be started.
         """
         await self._make_room()
         self._starting += 1
         try:
-            child = await Child.start(self._command)
+            child = await self._start_child()
         except ConfigError as error:
             raise UpstreamError(str(error), sent=False) from error
         finally:

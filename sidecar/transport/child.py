@@ -1,30 +1,31 @@
-"""A server that is our child: started, written to, read, asked, and brought down (MCP stdio).
+"""A server that speaks on a pipe: started, written to, read, asked, and brought down (MCP stdio).
 
 `send` takes a `Permitted` and nothing else. The answers to the sidecar's own questions (`ask`) end
-here; every other message goes to whoever reads. The child's stderr is left alone.
+here; every other message goes to whoever reads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
-from sidecar.errors import ConfigError, MalformedMessage, ProtocolError, UpstreamError
+from sidecar.errors import MalformedMessage, ProtocolError, UpstreamError
 from sidecar.policy.enforcement import Permitted
 from sidecar.protocol.framing import FrameTooLarge, LineDecoder
 from sidecar.protocol.jsonrpc import FROM_SERVER, Message, Request, RequestId, Response, decode
 from sidecar.transport.pipes import CHUNK
+from sidecar.transport.wrapped import Connection, Process, Wrapped
 
 log = logging.getLogger("sidecar.transport.child")
 
 MAX_UNREAD = 64 * 1024 * 1024
 """Bytes that wait for a server which does not read; who sends more is told that it does not."""
 
-STOP_GRACE = 5.0
-TERM_GRACE = 2.0
+Start = Callable[[], Awaitable["Child"]]
+"""How one more is had; a `ConfigError` says why there is none."""
 
 Take = Callable[[Message, bytes], Awaitable[None]]
 """Who gets a message of the server, and the bytes that it came as."""
@@ -33,12 +34,9 @@ Take = Callable[[Message, bytes], Awaitable[None]]
 class Child:
     """The wrapped server. `gone` says that it reads and writes no more."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._process = process
-        self._stdin = process.stdin
-        self._stdout = process.stdout
+    def __init__(self, server: Wrapped) -> None:
+        self._server = server
+        self._stdin, self._stdout = server.stdin, server.stdout
         self._own: dict[RequestId, asyncio.Future[Response]] = {}
         self.gone = False
 
@@ -49,21 +47,16 @@ class Child:
         Raises:
             ConfigError: there is no such command, or it may not be executed.
         """
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=CHUNK,
-            )
-        except OSError as error:
-            raise ConfigError(f"COMMAND {command[0]!r} can not be started: {error}") from error
-        return cls(process)
+        return cls(await Process.start(command))
 
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
+    @classmethod
+    async def connect(cls, path: Path) -> Child:
+        """Have the shim at `path` start one.
+
+        Raises:
+            ConfigError: there is no shim.
+        """
+        return cls(await Connection.open(path))
 
     def send(self, permitted: Permitted) -> None:
         """Write a permitted message.
@@ -111,7 +104,9 @@ class Child:
                     await self._read_frame(frame, take, malformed)
         except FrameTooLarge as error:
             log.error("ending the server: %s", error)
-            self.kill()
+            self._server.kill()
+        except ConnectionError as error:
+            log.debug("the connection to the server broke: %s", error)
         finally:
             self.gone = True
 
@@ -138,32 +133,13 @@ class Child:
                 future.set_exception(error)
 
     async def wait(self) -> int:
-        """Until the process has ended; its exit code, as a shell would give it."""
-        return _exit_code(await self._process.wait())
+        """Until it has ended; its exit code, as a shell would give it."""
+        return await self._server.wait()
 
     async def stop(self) -> int:
-        """Close its stdin, wait, then SIGTERM, then SIGKILL (MCP lifecycle, stdio shutdown).
-
-        Returns its exit code, as a shell would give it.
-        """
-        self._stdin.close()
-        for patience, signum in ((STOP_GRACE, signal.SIGTERM), (TERM_GRACE, signal.SIGKILL)):
-            try:
-                return await asyncio.wait_for(self.wait(), patience)
-            except TimeoutError:
-                with suppress(ProcessLookupError):
-                    self._process.send_signal(signum)
-        return await self.wait()
+        """Close its stdin, and end it if that does not; its exit code, as a shell would give it."""
+        return await self._server.stop()
 
     def release(self) -> None:
         """Let go of its pipes, also of one that a process of its own still holds."""
-        self._process._transport.close()  # type: ignore[attr-defined]
-
-    def kill(self) -> None:
-        """End a server that broke the protocol."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
-
-
-def _exit_code(returncode: int) -> int:
-    return returncode if returncode >= 0 else 128 - returncode
+        self._server.release()

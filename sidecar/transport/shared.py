@@ -35,7 +35,7 @@ from sidecar.protocol.jsonrpc import (
 from sidecar.protocol.methods import MethodTable
 from sidecar.protocol.mirror import contradicted
 from sidecar.protocol.session import Session
-from sidecar.transport.child import Child
+from sidecar.transport.child import Child, Start
 from sidecar.transport.exchange import Exchange
 from sidecar.transport.outlet import BOUND, Outlet, respond
 from sidecar.transport.tasks import Tasks
@@ -211,11 +211,9 @@ class SharedChild:
 class SharedServer:
     """The child of the moment: started when it is needed, and anew when it has ended."""
 
-    def __init__(
-        self, pipeline: Pipeline, command: tuple[str, ...], server: Server, limits: Limits
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, start: Start, server: Server, limits: Limits) -> None:
         self._pipeline = pipeline
-        self._command = command
+        self._start = start
         self._server = server
         self._limits = limits
         self._current: SharedChild | None = None
@@ -270,7 +268,7 @@ class SharedServer:
         async with self._starting:
             if self._current is None or self._current.child.gone:
                 try:
-                    child = await Child.start(self._command)
+                    child = await self._start()
                 except ConfigError as error:
                     raise UpstreamError(str(error), sent=False) from error
                 self._current = SharedChild(self._pipeline, child, self._server)

@@ -127,8 +127,16 @@ POLICY = ("--policy", str(ALLOW_ALL))
             id="no configuration",
         ),
         # Known by name, and not built.
-        pytest.param(("shim", "--", "x"), ("'shim'", "not there yet"), id="a later command"),
-        pytest.param(("audit", "verify", "x"), ("'audit'", "not there yet"), id="another"),
+        pytest.param(("audit", "verify", "x"), ("'audit'", "not there yet"), id="a later command"),
+        pytest.param(("shim",), ("shim needs -- COMMAND, or --install",), id="shim of nothing"),
+        pytest.param(
+            ("shim", "--install", "/x", "--", "y"),
+            ("shim needs -- COMMAND, or",),
+            id="shim of both",
+        ),
+        pytest.param(
+            ("shim", "--install", "/proc/x"), ("can not be installed in /proc/x",), id="no folder"
+        ),
     ],
 )
 def test_wrong_usage_ends_with_125_and_says_what_is_wrong(

@@ -120,6 +120,10 @@ class Process:
         return self._popen.stdout
 
     @property
+    def ended(self) -> bool:
+        return self._popen.poll() is not None
+
+    @property
     def lines(self) -> list[str]:
         """What it wrote to stderr so far."""
         with self._news:

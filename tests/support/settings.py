@@ -95,6 +95,8 @@ ODD: tuple[Any, ...] = (
     *([{"url": "http://h/mcp"}], [{"url": "http://h/sse"}], [{"name": "a"}], [{"url": 1}]),
     *([{"url": "http://h", "path": path} for path in ("a", "/a/", "//a", "/a/..", "/%61", "/a?b")]),
     [{"url": "http://h", "transport": "sse"}],
+    *([{"url": "unix-stdio:///a", **more}] for more in ({}, {"transport": "sse"}, {"pins": "p"})),
+    *([{"url": "unix-stdio:///a", "token_file": "t"}], [{"url": "unix-stdio:a"}]),
     *({"type": kind, "id": name} for kind in ("human", "unknown", 1) for name in ("x", "", None)),
     *({"type": "agent"}, {"id": "x"}, {**STATIC, "groups": "bots"}, {**STATIC, "issuer": "me"}),
     *({**STATIC, "on_behalf_of": who} for who in (None, STATIC, {"type": "human", "id": "ann"})),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from sidecar import config
 from sidecar.config import KEYS, Settings
-from sidecar.errors import ConfigError, NotSupported
+from sidecar.errors import ConfigError
 from sidecar.policy.identity import UNKNOWN
 from tests.support.settings import (
     EXAMPLES,
@@ -142,6 +141,16 @@ def test_service_links_of_kubernetes_are_not_ours() -> None:
         file={upstreams:[{url:'http://u'}],listen:0.0.0.0} -> upstreams=() listen=None admin=None
         file={upstreams:[{url:'http://u'}]} --command= -> upstreams.0.name=u listen=None
         --command= --upstream=http://t:9/mcp -> upstreams.0.url=http://t:9/mcp listen=None
+        --mode=http --upstream=unix-stdio:///run/x/desk.sock -> upstreams.0.name=desk
+            upstreams.0.path=/mcp upstreams.0.transport=stdio
+        --mode=http --upstream=desk=unix-stdio:///run/x/y.sock -> upstreams.0.name=desk
+            upstreams.0.path=/desk upstreams.0.url=unix-stdio:///run/x/y.sock
+        SERVER__NAME=s BRIDGE__PATH=/s --mode=http --upstream=unix-stdio:///x -> upstreams.0.name=s
+            upstreams.0.path=/s
+        file={bridge:{path:/b},upstreams:[{url:'unix-stdio:///a'},{url:'http://b/y'}]}
+            --mode=http --upstream= -> upstreams.0.path=/b upstreams.1.path=/y
+        file={upstreams:[{url:'unix-stdio:///a',path:/a,name:n}]} --command=
+            -> upstreams.0.path=/a upstreams.0.name=n upstreams.0.transport=stdio
         file={identity:{static_for_all:true}} --mode=http --listen=0.0.0.0 --actor=agent:x
             -> identity.static_for_all=True identity.actor.assurance=1 listen.host=0.0.0.0
         --mode=http --listen=0.0.0.0 -> identity.actor.assurance=0 listen.host=0.0.0.0
@@ -236,6 +245,12 @@ def test_an_actor_by_flag_acts_for_itself_whatever_the_file_says() -> None:
         upstreams: [{url: http://a/x, path: /p}, {url: http://b, path: /p}]
             -> upstreams: two have the same path
         upstreams: [{url: http://a:1/x}, {url: http://a:2/y}] -> upstreams: two have the same name
+        upstreams: [{url: unix-stdio:///a, transport: sse}]
+            -> upstreams[0]: transport: unix-stdio:// is no HTTP
+        upstreams: [{url: unix-stdio:///a, token_file: t}]
+            -> upstreams[0]: token_file: unix-stdio:// is no HTTP
+        upstreams: [{url: unix-stdio:///a}, {url: unix-stdio:///b}]
+            -> upstreams: two have the same path
         upstreams: [{url: http://a/%78}]
             -> upstreams[0]: must be an absolute path without '//', '.', '..' and '%', not "/%78"
         identity: {static: {type: agent}} -> identity.static: needs the key 'id'
@@ -321,7 +336,9 @@ def test_yaml_is_read_as_editors_read_it(
             -> upstreams: stdio takes one
         --mode=http --upstream= -> no server: http needs --upstream URL, or -- COMMAND
         file={assertion:{key:k}} --mode=http --listen=127.0.0.1 --command=c --upstream=
-            -> assertion: it is for --upstream; who else reaches a command?
+            -> assertion: it is for servers behind HTTP; who else reaches a pipe?
+        file={assertion:{key:k}} --mode=http --listen=127.0.0.1 --upstream=unix-stdio:///a
+            -> assertion: it is for servers behind HTTP; who else reaches a pipe?
         --mode=http --listen= -> no address: http needs --listen HOST:PORT
         --mode=http --listen=0.0.0.0 --actor=agent:x
             -> listen: 0.0.0.0:15801 makes everybody the static actor; listen on 127.0.0.1, or set
@@ -355,19 +372,24 @@ def test_every_problem_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "flags", "words"),
+    ("url", "hint"),
     [
-        ("", {"mode": "http", "upstream": "unix-stdio:///s"}, "--upstream: unix-stdio://"),
+        ("unix-stido:///run/a.sock", "unix-stdio://"),
+        ("unix-stdio:/run/a.sock", "unix-stdio://"),
+        ("unix:///run/a.sock", "unix-stdio://"),
+        ("htp://tickets/mcp", "http://"),
+        ("ftp://tickets/mcp", "http://"),
+        ("unix-stdio:///run/", None),
+        ("unix-stdio://host/run/a.sock", None),
+        ("http://tickets/mcp?x", None),
+        ("tickets", None),
     ],
 )
-def test_what_is_not_built_says_so_and_what_is(
-    document: str, flags: Mapping[str, Any], words: str
-) -> None:
-    with pytest.raises(NotSupported) as caught:
-        with_policy(document, **{"mode": "stdio", **flags})
-    [problem] = caught.value.problems
-    assert problem.startswith(words)
-    assert " is not there yet; supported: " in problem
+def test_the_scheme_of_a_server_that_was_meant_is_told(url: str, hint: str | None) -> None:
+    [problem] = problems(mode="check", upstream=url)
+    assert problem.startswith("--upstream: must be http(s)://HOST")
+    assert problem.endswith(f"; did you mean {hint}…?") is (hint is not None)
+    assert ("did you mean" in problem) is (hint is not None)
 
 
 @given(st.text())
