@@ -24,7 +24,7 @@ Layers, top to bottom, each knowing only those below (import-linter checks it)::
     cli  >  feed  >  transport | opa | keys | telemetry | audit | logs | injector
          >  pipeline | config | reviewing  >  rechecking | relisting
          >  due | learning | judging | limits | recording  >  conversation  >  offers
-         >  policy  >  protocol  >  errors
+         >  policy  >  protocol  >  errors | shim
 """
 
 __version__ = "0.1.0"

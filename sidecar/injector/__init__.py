@@ -4,7 +4,7 @@
 
     plan        plan(pod, namespace, injection) -> pod: idempotent; refuses with a reason
       ├── wishes      what labels and annotations ask for: a Wish, or the reason why it is none
-      ├── modes       the ways to stand before a server, each a `Mode`: front, redirect, client
+      ├── modes       ways to stand before a server, each a `Mode`: front, redirect, stdio, client
       ├── walls       what a pod may never bring, since it would lead around the sidecar
       ├── containers  ours: the sidecar, and with it `opa`; `parts` is what all of them have alike
       ├── bundles     a policy that OPA fetches, signed, and what is revoked

@@ -13,8 +13,8 @@ from typing import Any
 
 from sidecar.errors import InjectionRefused, MalformedMessage
 from sidecar.injector import probes
-from sidecar.injector.injection import PREFIX, Json
-from sidecar.injector.mode import Mode
+from sidecar.injector.injection import PREFIX, Injection, Json
+from sidecar.injector.mode import Mode, Program
 from sidecar.injector.walls import NAMES, VOLUMES
 from sidecar.injector.wishes import Wish
 from sidecar.protocol.jsonrpc import parse_json
@@ -25,6 +25,9 @@ DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 
 IN_METADATA = "annotations", "labels"
 IN_SPEC = "initContainers", "volumes"
+
+WRAPPED = "command", "args", "volumeMounts"
+"""What is changed of a container whose command is given to a program."""
 
 ABSENT = "absent"
 
@@ -54,7 +57,7 @@ def restore(pod: Json) -> Json:
     return found
 
 
-def change(pod: Json, wish: Wish, mode: Mode) -> tuple[Json, Json]:
+def change(pod: Json, wish: Wish, mode: Mode, injection: Injection) -> tuple[Json, Json]:
     """Tell the wished container what the mode has to say, and the kubelet to ask the sidecar.
 
     The changed pod, which is the caller's, and the probes that the sidecar is to make, by their
@@ -70,7 +73,7 @@ def change(pod: Json, wish: Wish, mode: Mode) -> tuple[Json, Json]:
     found["metadata"] = metadata
     undone = {}
     for container in _containers(spec):
-        undo, asked = _change_container(container, wish, mode)
+        undo, asked = _change_container(container, wish, mode, injection)
         questions.update(asked)
         if undo:
             undone[container["name"]] = undo
@@ -89,12 +92,38 @@ def change(pod: Json, wish: Wish, mode: Mode) -> tuple[Json, Json]:
     return found, questions
 
 
-def _change_container(container: Json, wish: Wish, mode: Mode) -> tuple[Json, Json]:
+def _change_container(
+    container: Json, wish: Wish, mode: Mode, injection: Injection
+) -> tuple[Json, Json]:
     undo: Json = {}
     questions: Json = _move_probes(container, wish.port, undo) if mode.guarded else {}
-    if container["name"] == wish.container and (told := mode.told(wish)):
+    if container["name"] != wish.container:
+        return undo, questions
+    if told := mode.told(wish):
         undo["env"] = _tell(container, told)
+    if mode.wraps is not None:
+        undo["wrapped"] = _wrap(container, wish.command, mode.wraps(wish, injection))
     return undo, questions
+
+
+def _wrap(container: Json, command: tuple[str, ...], program: Program) -> Json:
+    """Give the command to a program; of what follows that, how many words were the command."""
+    words = container.get("command") or [*command]
+    before: Json = {"words": len(words), "empty": _empties(container, WRAPPED)}
+    container["command"] = program.command
+    container["args"] = [*words, *(container.get("args") or ())]
+    container["volumeMounts"] = [*program.mounts, *(container.get("volumeMounts") or ())]
+    return before
+
+
+def _unwrap(container: Json, before: Json) -> None:
+    words, count, empty = container.get("args") or [], before["words"], before["empty"]
+    mounts = container.get("volumeMounts") or ()
+    container["command"] = [] if "command" in empty else words[:count]
+    container["args"] = words[count:]
+    container["volumeMounts"] = [each for each in mounts if not each["name"].startswith(VOLUMES)]
+    for name in WRAPPED:
+        _empty_again(container, name, empty)
 
 
 def _move_probes(container: Json, port: int, undo: Json) -> Json:
@@ -126,6 +155,8 @@ def _restore_container(container: Json, undo: Json) -> None:
     for kind, probe in (undo.get("probes") or {}).items():
         if kind in probes.KINDS:
             container[kind] = probe
+    if "wrapped" in undo:
+        _unwrap(container, undo["wrapped"])
     env = undo.get("env")
     if not env:
         return
@@ -178,12 +209,17 @@ def _is_note(note: Any) -> bool:
     if note["version"] != 1 or not isinstance(note["default_container"], bool):
         return False
     entries: list[Any] = []
-    empties = [*note["empty"].values()]
+    empties, counts = [*note["empty"].values()], list[Any]()
     for undo in note["containers"].values():
         if "env" in undo:
             entries += [each for each in undo["env"]["variables"].values() if each is not None]
             empties += undo["env"]["empty"].values()
+        if "wrapped" in undo:
+            empties += undo["wrapped"]["empty"].values()
+            counts.append(undo["wrapped"]["words"])
         entries += undo.get("probes", {}).values()
+    if not all(type(each) is int and each >= 0 for each in counts):
+        return False
     return all(isinstance(each, dict) for each in entries) and all(
         each in (ABSENT, None, [], {}) for each in empties
     )

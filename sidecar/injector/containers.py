@@ -41,7 +41,8 @@ def put(spec: Json, mode: Mode, wish: Wish, questions: Json, injection: Injectio
         spec["containers"] = [*hooked, *spec["containers"]]
     if first:
         spec["initContainers"] = [*first, *(spec.get("initContainers") or ())]
-    spec["volumes"] = [*_volumes(injection), *(spec.get("volumes") or ())]
+    volumes = [*_volumes(injection), *mode.volumes(wish, injection)]
+    spec["volumes"] = [*volumes, *(spec.get("volumes") or ())]
 
 
 def with_ranges(planned: Json, before: Json) -> Json:
@@ -84,6 +85,7 @@ def _sidecar(mode: Mode, wish: Wish, questions: Json, injection: Injection) -> J
         {"name": PODINFO, "mountPath": "/etc/podinfo", "readOnly": True},
         *stamped_mounts,
         no_token(),
+        *mode.mounts(wish, injection),
     ]
     arguments = [
         "http",

@@ -14,6 +14,17 @@ def _nothing(wish: Wish, injection: Injection) -> list[Json]:
     return []
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a container's command is given to."""
+
+    command: list[str]
+    """Stands before the command."""
+
+    mounts: list[Json]
+    """What the container has to mount for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
     """A way for the sidecar to stand before a server."""
@@ -35,6 +46,15 @@ class Mode:
 
     first: Callable[[Wish, Injection], list[Json]] = _nothing
     """Containers of ours that end before any other begins."""
+
+    wraps: Callable[[Wish, Injection], Program] | None = None
+    """What the wished container's command is given to."""
+
+    volumes: Callable[[Wish, Injection], list[Json]] = _nothing
+    """Beside those that there always are."""
+
+    mounts: Callable[[Wish, Injection], list[Json]] = _nothing
+    """Of the sidecar, beside those that it always has."""
 
     guarded: bool = True
     """Whether the port is the sidecar's for the kubelet too, so that its probes are moved."""

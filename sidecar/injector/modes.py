@@ -10,9 +10,15 @@ from sidecar.injector.front import FRONT
 from sidecar.injector.injection import PREFIX, Json
 from sidecar.injector.mode import Mode
 from sidecar.injector.redirect import REDIRECT
+from sidecar.injector.stdio import MODE_STDIO
 from sidecar.injector.wishes import INJECT, Wish, annotations_of, labels_of
 
-MODES: Mapping[str, Mode] = {"front": FRONT, "redirect": REDIRECT, "client": CLIENT}
+MODES: Mapping[str, Mode] = {
+    "front": FRONT,
+    "redirect": REDIRECT,
+    "stdio": MODE_STDIO,
+    "client": CLIENT,
+}
 
 SET_BY_US = frozenset({"status"})
 

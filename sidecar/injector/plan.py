@@ -23,6 +23,6 @@ def plan(pod: Json, namespace: Namespace, injection: Injection) -> Json:
     wish = wish_of(bare)
     mode = MODES[wish.mode]
     walls.refuse(bare["spec"], wish, injection, mode.checks)
-    found, questions = changes.change(bare, wish, mode)
+    found, questions = changes.change(bare, wish, mode, injection)
     containers.put(found["spec"], mode, wish, questions, injection)
     return found

@@ -8,7 +8,7 @@ from sidecar.errors import InjectionRefused
 from sidecar.injector.injection import RESERVED_PORTS, Injection, Json
 from sidecar.injector.wishes import Wish
 
-NAMES = "mcp-redirect", "mcp-opa", "mcp-sidecar"
+NAMES = "mcp-redirect", "mcp-shim", "mcp-opa", "mcp-sidecar"
 """Containers of ours, in the order in which they are started."""
 
 VOLUMES = "mcp-opa-sidecar-"

@@ -31,11 +31,12 @@ class Wish:
 
     mode: str
     container: str  # the server's; in mode `client`, the agent's
-    port: int  # the server's; in mode `client`, the sidecar's
+    port: int  # the server's; in modes `stdio` and `client`, the sidecar's
     path: str = "/mcp"  # of the server's endpoint
     host_env: tuple[str, ...] = ()  # more variables that tell the server where to listen
     accept_loopback: bool = False  # others of the pod may reach the server past the sidecar
     servers: tuple[Server, ...] = ()  # those that an agent dials
+    command: tuple[str, ...] = ()  # a stdio server's, where its container does not say it
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,32 +109,41 @@ def server_of(spec: Json, said: Mapping[str, str], *, lowest: int) -> tuple[str,
     port = said.get("port", "mcp")
     if port.isascii() and port.isdigit():
         return _numbered(containers, int(port), lowest)
-    named = [
-        (each["name"], declared["containerPort"])
-        for each in containers
-        for declared in each.get("ports") or ()
-        if declared.get("name") == port and declared.get("protocol", "TCP") == "TCP"
-    ]
+    named = [(each["name"], number) for each in containers for number in declared(each, port)]
     if len(named) != 1:
         raise InjectionRefused(
             f"{len(named)} ports are called {port!r}: name the server's with {PREFIX}port"
         )
-    return named[0][0], _usable(named[0][1], lowest)
+    return named[0][0], usable(named[0][1], lowest)
+
+
+def declared(container: Json, name: str) -> list[int]:
+    """The numbers of the ports of a container that are called so."""
+    return [
+        each["containerPort"]
+        for each in container.get("ports") or ()
+        if each.get("name") == name and each.get("protocol", "TCP") == "TCP"
+    ]
 
 
 def _numbered(containers: list[Json], port: int, lowest: int) -> tuple[str, int]:
     declaring = [
         each["name"]
         for each in containers
-        if any(declared["containerPort"] == port for declared in each.get("ports") or ())
+        if any(there["containerPort"] == port for there in each.get("ports") or ())
     ]
     names = declaring or [each["name"] for each in containers]
     if len(names) != 1:
         raise InjectionRefused(f"{len(names)} containers may have port {port}: {PREFIX}container")
-    return names[0], _usable(port, lowest)
+    return names[0], usable(port, lowest)
 
 
-def _usable(port: int, lowest: int) -> int:
+def usable(port: int, lowest: int) -> int:
+    """A port that the sidecar can have.
+
+    Raises:
+        InjectionRefused: it can not.
+    """
     if not lowest <= port <= 65535 or port in RESERVED_PORTS:
         raise InjectionRefused(
             f"port {port} can not be guarded: ports below {lowest} take a privilege that there is"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from tests.support.processes import (
     get,
     sidecar,
     ticket_desk,
+    wait_until,
 )
 from tests.support.raw import Pipe, post_modern, request
 from tests.support.traced import OPA, SIDECAR, scene
@@ -155,6 +158,18 @@ def watches(newcomer: Newcomer, command: str) -> None:
                 assert b"tickets/nonsense" in watcher.stdout.readline()
 
 
+def shims(newcomer: Newcomer, command: str) -> None:
+    path, me = newcomer.folder / "tickets.sock", str(os.getuid())
+    placed = command.replace("/run/mcp-stdio/tickets.sock", str(path)).replace("20001", me)
+    words = newcomer.sidecar(placed)[: -len(["python", "ticket_server.py"])]
+    with Process([*words, "cat"], env=newcomer.env) as process:
+        wait_until(lambda: path.is_socket() or process.ended, "it listens")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(b"hello\n")
+            assert client.recv(6) == b"hello\n"
+
+
 def builds(newcomer: Newcomer, command: str) -> None:
     file = newcomer.folder / "policy.yaml"
     done = newcomer.run(newcomer.sidecar(command.replace("policy.yaml", str(file))))
@@ -184,6 +199,10 @@ RUN: dict[str, Callable[[Newcomer, str], None]] = {
     "--upstream http://127.0.0.1:8080/mcp": listens,
     "mcp-sidecar http --policy ./policy --actor service:reporting --listen 127.0.0.1:15801 "
     "-- python ticket_server.py": listens,
+    "mcp-sidecar shim --socket /run/mcp-stdio/tickets.sock --peer 20001 "
+    "-- python ticket_server.py": shims,
+    "mcp-sidecar http --policy ./policy --actor service:reporting --listen 127.0.0.1:15801 "
+    "--upstream unix-stdio:///run/mcp-stdio/tickets.sock": listens,
     "mcp-sidecar stdio --policy ./policy --actor agent:support-bot "
     "--upstream http://127.0.0.1:8080/mcp": bridges,
     "mcp-sidecar http --config sidecar.yaml --otlp http://localhost:4318": listens,

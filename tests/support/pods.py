@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -116,12 +117,13 @@ def _extras() -> st.SearchStrategy[Json]:
         livenessProbe=_PROBES,
         readinessProbe=_PROBES,
         startupProbe=_PROBES,
-        command=st.lists(_TEXT, max_size=2),
-        volumeMounts=st.just([{"name": "data", "mountPath": "/data"}]),
+        command=st.one_of(st.none(), st.lists(_TEXT, max_size=2)),
+        volumeMounts=st.sampled_from([None, [], [{"name": "data", "mountPath": "/data"}]]),
         resources=st.just({"requests": {"cpu": "1"}}),
     )
 
 
+_COMMAND = st.lists(_TEXT, min_size=1, max_size=2)
 _HARMLESS = st.sampled_from(
     [
         {**no_more, "allowPrivilegeEscalation": False}
@@ -151,7 +153,19 @@ def _client(draw: st.DrawFn, found: Json) -> Json:
     return annotated(found, mode="client", container="app", servers="tickets=TICKETS_URL")
 
 
-MODES = {"front": _front, "redirect": _redirect, "client": _client}
+def _stdio(draw: st.DrawFn, found: Json) -> Json:
+    """The command is the container's or an annotation's; nothing dials the served port."""
+    server = container(found, "app")
+    said = {} if server.get("command") else {"stdio_command": json.dumps(draw(_COMMAND))}
+    server |= draw(_maybe(args=st.one_of(st.none(), st.lists(_TEXT, max_size=2))))
+    for each in containers(found):
+        for kind in ("livenessProbe", "readinessProbe", "startupProbe"):
+            if each.get(kind, {}).keys() & {"httpGet", "tcpSocket"}:
+                del each[kind]
+    return annotated(found, mode="stdio", container="app", **said)
+
+
+MODES = {"front": _front, "redirect": _redirect, "stdio": _stdio, "client": _client}
 """What makes a pod one that can be injected in a mode."""
 
 

@@ -68,6 +68,14 @@ GOOD: dict[str, tuple[Json, Wish]] = {
         annotated(_ports({**MCP, "containerPort": 80}), mode="redirect", path="/rpc"),
         Wish(mode="redirect", port=80, container="app", path="/rpc"),
     ),
+    "a stdio server": (
+        annotated(pod({"command": ["x"]}), mode="stdio"),
+        Wish(mode="stdio", port=8080, container="app"),
+    ),
+    "a stdio server whose image says its command": (
+        annotated(_ports(), mode="stdio", stdio_command='["x", "--y"]'),
+        Wish(mode="stdio", port=8000, container="app", command=("x", "--y")),
+    ),
     "an agent's servers": (
         _agent(
             "tickets=A, search=B",
@@ -98,7 +106,7 @@ BAD: dict[str, tuple[Json, str]] = {
     "too high": (annotated(pod(), port="65536"), "can not be guarded"),
     "ours": (annotated(pod(), port="15820"), "can not be guarded"),
     "other digits": (annotated(pod(), port="٨٠٨٠"), "0 ports are called"),
-    "mode": (annotated(pod(), mode="sideways"), "is not one of: front, redirect, client"),
+    "mode": (annotated(pod(), mode="sideways"), "is not one of: front, redirect, stdio, client"),
     "another mode's": (
         annotated(pod(), mode="redirect", accept_loopback="true"),
         "accept-loopback is no annotation of mode redirect: container, path, port",

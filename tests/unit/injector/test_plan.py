@@ -81,15 +81,20 @@ def test_ours_are_restricted_but_for_what_makes_rules(found: Json, injection: In
     assert rules == (["runAsNonRoot", "runAsUser", "capabilities"] if is_redirect else None)
 
 
+OF_THE_SERVER = {"env", "command", "args", "volumeMounts"}
+
+
 @given(pods.shapes(), INJECTIONS)
 def test_others_keep_all_but_variables_and_probes(found: Json, injection: Injection) -> None:
     planned = plan(found, ENABLED, injection)
-    touched = {"env", "livenessProbe", "readinessProbe", "startupProbe"}
+    is_stdio = found["metadata"]["annotations"].get("mcp-opa-sidecar.io/mode") == "stdio"
+    touched = {"livenessProbe", "readinessProbe", "startupProbe"}
     for each in containers(found):
         now = container(planned, each["name"])
+        if each["name"] == "app":
+            touched |= OF_THE_SERVER if is_stdio else {"env"}
         assert _without(now, touched) == _without(each, touched)
-        if each["name"] != "app":
-            assert now.get("env") == each.get("env")
+        touched -= OF_THE_SERVER
 
 
 @given(pods.shapes())
@@ -99,8 +104,12 @@ def test_only_we_mount_what_is_ours(found: Json) -> None:
         each["name"]: {mount["name"] for mount in each.get("volumeMounts") or ()}
         for each in containers(planned)
     }
+    is_stdio = found["metadata"]["annotations"].get("mcp-opa-sidecar.io/mode") == "stdio"
     for name, names in mounts.items():
-        assert name in NAMES or not any(each.startswith("mcp-opa-sidecar-") for each in names)
+        theirs = {each for each in names if each.startswith("mcp-opa-sidecar-")}
+        if name not in NAMES:
+            pipes = {"mcp-opa-sidecar-shim", "mcp-opa-sidecar-stdio"}
+            assert theirs == (pipes if name == "app" and is_stdio else set())
     assert "mcp-opa-sidecar-opa" in mounts["mcp-opa"] & mounts["mcp-sidecar"]
 
 
