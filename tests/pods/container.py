@@ -148,7 +148,12 @@ def _base(image: Image, mounts: Sequence[Mount], places: Path) -> list[Json]:
     Overlays can not be written to, so the places for mounts lie over them from the start.
     """
     for each in mounts:
-        (places / each.target.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        place = places / each.target.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if each.source.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            place.touch()
     found: list[Json] = []
     for target, over in (("/usr", image.over_usr), ("/etc", ())):
         (places / target.lstrip("/")).mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def _place(root: Path, mount: dict[str, Any]) -> None:
 def _bind(source: Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
-    else:
+    elif not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
     _mount(str(source), target, None, BIND)

@@ -35,7 +35,8 @@ Files = Mapping[str, str]
 class Pod:
     """A pod that runs, for as long as the block lasts.
 
-    `config_maps` are the namespace's, `images` what stands for them, by name.
+    `config_maps` are the namespace's, `images` what stands for them, by name. `network` is there
+    already, where others are in it too; `hosts` has addresses, by the names that DNS would know.
     """
 
     def __init__(
@@ -46,11 +47,19 @@ class Pod:
         config_maps: Mapping[str, Files],
         folder: Path,
         addresses: tuple[str, ...] = (POD_IP,),
+        network: Network | None = None,
+        hosts: Mapping[str, str] | None = None,
     ) -> None:
         pod_spec.check(pod)
         self.spec, self.folder = pod["spec"], folder
-        self.fields = pod_spec.fields(pod, addresses)
-        self.images, self.network = images, Network(*addresses)
+        self.images, self._guest = images, network is not None
+        self.network = network or Network(*addresses)
+        own = self.network.addresses
+        self.fields = pod_spec.fields(pod, own)
+        known = {"localhost": "127.0.0.1", pod["metadata"]["name"]: own[0], **(hosts or {})}
+        self.hosts = folder / "hosts"
+        self.hosts.parent.mkdir(parents=True, exist_ok=True)
+        self.hosts.write_text("".join(f"{address} {name}\n" for name, address in known.items()))
         self.stopping = threading.Event()
         self.payloads: dict[str, Payload] = {}
         self.volumes = dict(self._volumes(pod, config_maps))
@@ -139,7 +148,8 @@ class Pod:
     # ── Its life ──────────────────────────────────────────────────────────────────────────────────
 
     def __enter__(self) -> Self:
-        self.network.__enter__()
+        if not self._guest:
+            self.network.__enter__()
         self._kubelet.start()
         return self
 
@@ -153,7 +163,8 @@ class Pod:
         for each in self.members.values():
             each.kill()
         self._kubelet.join()
-        self.network.__exit__(kind, error, trace)
+        if not self._guest:
+            self.network.__exit__(kind, error, trace)
 
     def delete(self, grace: float = GRACE) -> None:
         """End it: first those of its own, all at once, then the sidecars, the last one first."""
@@ -299,8 +310,11 @@ class Member:
             spec,
             image,
             mounts=[
-                Mount(pod.volumes[each["name"]], each["mountPath"], bool(each.get("readOnly")))
-                for each in spec.get("volumeMounts") or ()
+                Mount(pod.hosts, "/etc/hosts", read_only=False),
+                *(
+                    Mount(pod.volumes[each["name"]], each["mountPath"], bool(each.get("readOnly")))
+                    for each in spec.get("volumeMounts") or ()
+                ),
             ],
             env=env,
             command=[pod_spec.expand(each, env) for each in [*words, *(spec.get("args") or ())]],

@@ -1,7 +1,8 @@
 """What of a pod the runner follows. Whatever else a pod says is an error, never passed over.
 
 `NOTED` is what it takes note of and has no means to do: limits of memory and CPU, and seccomp. Tags
-and pull policies are about images, which are chosen by their names here.
+and pull policies are about images, which are chosen by their names here; priorities, tolerations
+and accounts are for who schedules and admits. A set has the values that are followed.
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from typing import Any
 
 Json = dict[str, Any]
 NOTED = None
-Shape = Any  # None, a mapping of fields to shapes, or a list of one shape
+Shape = Any  # None, a mapping of fields to shapes, a list of one shape, or a set of values
 
 _FIELD = {"apiVersion": NOTED, "fieldPath": NOTED}
 _ENV = {"name": NOTED, "value": NOTED, "valueFrom": {"fieldRef": _FIELD}}
 _HOOK = {"exec": {"command": NOTED}}
 _PROBE = {
-    "httpGet": {"path": NOTED, "port": NOTED, "httpHeaders": [{"name": NOTED, "value": NOTED}]},
+    "httpGet": {
+        "path": NOTED, "port": NOTED, "httpHeaders": [{"name": NOTED, "value": NOTED}],
+        "scheme": frozenset({"HTTP"}),
+    },
     "tcpSocket": {"port": NOTED},
     "exec": {"command": NOTED},
     "periodSeconds": NOTED,
     "failureThreshold": NOTED,
     "timeoutSeconds": NOTED,
     "initialDelaySeconds": NOTED,
-}
+    "successThreshold": frozenset({1}),
+}  # fmt: skip
 _CONTAINER = {
     "name": NOTED, "image": NOTED, "command": NOTED, "args": NOTED, "env": [_ENV],
-    "ports": [{"name": NOTED, "containerPort": NOTED}],
+    "ports": [{"name": NOTED, "containerPort": NOTED, "protocol": frozenset({"TCP"})}],
     "volumeMounts": [{"name": NOTED, "mountPath": NOTED, "readOnly": NOTED}],
     "startupProbe": _PROBE, "livenessProbe": _PROBE, "readinessProbe": _PROBE,
     "lifecycle": {"postStart": _HOOK, "preStop": _HOOK},
@@ -38,6 +43,7 @@ _CONTAINER = {
         "capabilities": {"drop": NOTED, "add": NOTED}, "seccompProfile": NOTED,
     },
     "imagePullPolicy": NOTED, "resources": NOTED, "terminationMessagePolicy": NOTED,
+    "terminationMessagePath": NOTED,
 }  # fmt: skip
 _TOKEN = {"audience": NOTED, "expirationSeconds": NOTED, "path": NOTED}
 _FIELD_FILE = {"path": NOTED, "fieldRef": _FIELD}
@@ -45,7 +51,16 @@ POD = {
     "apiVersion": NOTED,
     "kind": NOTED,
     "metadata": NOTED,
+    "status": NOTED,
     "spec": {
+        "automountServiceAccountToken": NOTED,
+        "dnsPolicy": NOTED,
+        "enableServiceLinks": frozenset({False}),
+        "preemptionPolicy": NOTED,
+        "priority": NOTED,
+        "schedulerName": NOTED,
+        "serviceAccount": NOTED,
+        "tolerations": NOTED,
         "containers": [_CONTAINER],
         "initContainers": [{**_CONTAINER, "restartPolicy": NOTED}],
         "volumes": [
@@ -96,6 +111,8 @@ def _check(value: Any, shape: Shape, path: str) -> None:
             if name not in shape:
                 raise Unsupported(f"{path}.{name}")
             _check(each, shape[name], f"{path}.{name}")
+    elif isinstance(shape, frozenset) and value not in shape:
+        raise Unsupported(f"{path}: {value!r}")
 
 
 def fields(pod: Json, addresses: tuple[str, ...]) -> Mapping[str, str]:

@@ -14,6 +14,10 @@ from tests.pods.volumes import Payload, labels_file
 Json = dict[str, Any]
 
 
+def probed(**probe: Any) -> Json:
+    return {"containers": [{"name": "a", "readinessProbe": probe}]}
+
+
 @pytest.mark.parametrize(
     ("spec", "path"),
     [
@@ -24,6 +28,10 @@ Json = dict[str, Any]
         ({"containers": [{"name": "a", "securityContext": {"privileged": True}}]}, "privileged"),
         ({"containers": [{"name": "a", "livenessProbe": {"grpc": {}}}]}, "grpc"),
         ({"containers": [{"name": "a", "livenessProbe": {"periodSeconds": 1}}]}, "not one of"),
+        (probed(httpGet={"port": 80, "scheme": "HTTPS"}), "scheme: 'HTTPS'"),
+        (probed(tcpSocket={"port": 80}, successThreshold=2), "successThreshold: 2"),
+        ({"containers": [{"name": "a", "ports": [{"protocol": "UDP"}]}]}, "protocol: 'UDP'"),
+        ({"enableServiceLinks": True}, "enableServiceLinks: True"),
         ({"containers": [{"name": "a", "volumeMounts": [{"subPath": "x"}]}]}, "subPath"),
         ({"containers": [{"name": "a", "lifecycle": {"preStop": {"sleep": {}}}}]}, "sleep"),
     ],
