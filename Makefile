@@ -10,6 +10,7 @@ READY := .venv/.ready
 export PYTHON
 export STEPS := 3
 test: export STEPS := 8
+test-cluster: export STEPS := 7
 
 # The path of the OPA to use, installed if need be, as MCP_SIDECAR_OPA_BIN of the commands that follow.
 WITH_OPA = MCP_SIDECAR_OPA_BIN=$$(STEP="[3/$$STEPS]" .ci/install-opa) && export MCP_SIDECAR_OPA_BIN &&
@@ -54,12 +55,15 @@ test: $(READY) ## sets everything up, then runs every test but those of test-clu
 	@STEP="[5/$$STEPS]" .ci/install-jaeger >/dev/null || :
 	@STEP="[6/$$STEPS]" .ci/install-prometheus >/dev/null || :
 	@STEP="[7/$$STEPS]" .ci/install-collector >/dev/null || :
-	@STEP="[8/8]" .ci/install-nft >/dev/null || :
+	@STEP="[8/$$STEPS]" .ci/install-nft >/dev/null || :
 	@$(WITH_OPA) exec $(PY) -m pytest --ignore=tests/cluster $(ARGS)
 
-test-cluster: $(READY) ## sets everything up, then runs the injector's tests on a real API server (built once: about 10 minutes)
-	@STEP="[3/3]" .ci/install-cluster >/dev/null || :
-	@exec $(PY) -m pytest tests/cluster $(ARGS)
+test-cluster: $(READY) ## sets everything up, then runs the injector's tests on a real API server (built once: about 15 minutes)
+	@STEP="[4/$$STEPS]" .ci/install-cluster >/dev/null || :
+	@STEP="[5/$$STEPS]" .ci/install-helm >/dev/null || :
+	@STEP="[6/$$STEPS]" .ci/install-jaeger >/dev/null || :
+	@STEP="[7/$$STEPS]" .ci/install-nft >/dev/null || :
+	@$(WITH_OPA) exec $(PY) -m pytest tests/cluster $(ARGS)
 
 SECONDS := 600
 fuzz: $(READY) ## searches longer for bytes that break the readers (SECONDS=600); what it learned stays in ~/.cache/mcp-opa-sidecar

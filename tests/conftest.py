@@ -92,6 +92,12 @@ def nft_usr() -> Path:
 
 
 @pytest.fixture(scope="session")
+def helm_bin() -> Path:
+    """The path of a Helm that can be used."""
+    return require("Helm", _find("install-helm"), "make test-cluster")
+
+
+@pytest.fixture(scope="session")
 def node_parts() -> Path:
     """The folder whose ``node_modules`` holds the reference MCP server."""
     mend = "make test" if shutil.which("node") else "install Node 18 or later"
@@ -215,6 +221,7 @@ def _real_parts() -> Iterator[str]:
     yield f"Prometheus at {_find('install-prometheus') or 'no place'}"
     yield f"OpenTelemetry Collector at {_find('install-collector') or 'no place'}"
     yield f"Kubernetes control plane at {_find('install-cluster') or 'no place'}"
+    yield f"Helm at {_find('install-helm') or 'no place'}"
     node = shutil.which("node")
     if node is None:
         yield "Node: not here"
