@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sidecar.injector.modes import MODES
 from tests.cluster.control_plane import Cluster, Json
 from tests.cluster.registered import DEV, KINDS, PRODUCTION, create_namespace, rendered
 from tests.support.processes import ROOT, sidecar
@@ -151,18 +152,30 @@ def test_production_is_there_twice(cluster: Cluster) -> None:
     assert one(found, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 
-def test_the_example(cluster: Cluster) -> None:
+def test_each_mode_has_an_example() -> None:
+    assert {each.parent.name for each in EXAMPLES.glob("*/before.yaml")} == set(MODES)
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_an_example(cluster: Cluster, mode: str) -> None:
+    """It is what `inject` makes of it, and its pods may live where it says that they do."""
+    before, after = (EXAMPLES / mode / f"{when}.yaml" for when in ("before", "after"))
     image = "registry.example.com/mcp-opa-sidecar:dev"
-    command = sidecar("inject", "-f", EXAMPLES / "before.yaml", "--image", image)
+    command = sidecar("inject", "-f", before, "--image", image)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == (EXAMPLES / "after.yaml").read_text(encoding="utf-8")
-    create_namespace(cluster, "support", {"pod-security.kubernetes.io/enforce": "restricted"})
-    for file in ("before.yaml", "after.yaml"):
-        applied = ("apply", "--server-side", "--dry-run=server", "-f", EXAMPLES / file)
-        assert cluster.kubectl(*applied).count("serverside-applied") == 2
-    [deployment, _] = yaml.safe_load_all(done.stdout)
-    template = deployment["spec"]["template"]
-    metadata = {**template["metadata"], "name": "one", "namespace": "support"}
+    assert done.stdout == after.read_text(encoding="utf-8")
+    objects = list(yaml.safe_load_all(done.stdout))
+    [template] = [each["spec"]["template"] for each in objects if each["kind"] == "Deployment"]
+    [space] = {each["metadata"].get("namespace") for each in objects if "spec" in each}
+    standard = {"pod-security.kubernetes.io/enforce": "restricted"}
+    said = [each["metadata"]["labels"] for each in objects if each["kind"] == "Namespace"]
+    create_namespace(cluster, space, *(said or [standard]))
+    for file in (before, after):
+        applied = ("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", file)
+        assert cluster.kubectl(*applied).count("serverside-applied") == len(objects)
+    for each in (each for each in objects if each["kind"] == "ServiceAccount"):
+        cluster.create(each)
+    metadata = {**template["metadata"], "name": "one", "namespace": space}
     pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": metadata}
     cluster.create(pod, "--dry-run=server")
 

@@ -7,6 +7,7 @@ them, and `IN_PLACE` the commands that are not run just as they stand.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -22,6 +23,7 @@ from tests.cluster.control_plane import Cluster
 from tests.cluster.node import Node
 from tests.pods.conftest import Rig
 from tests.pods.network import POD_IP
+from tests.support.client import LEGACY, over_http, tools_of
 from tests.support.processes import ROOT, wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -134,12 +136,19 @@ def reader(node: Node, opa_bin: Path) -> Reader:
     return Reader(node.cluster, node, opa_bin, node.folder / "clone")
 
 
+async def tools() -> list[str]:
+    """What the official client is shown by the example server: what ana may call."""
+    async with over_http(f"http://{POD_IP}:8080/mcp", LEGACY) as client:
+        return await tools_of(client)
+
+
 def test_from_an_empty_cluster_to_a_trace(reader: Reader, node: Node) -> None:
     printed = "".join(reader.types(command, shown) for command, shown in steps())
     [denied] = re.findall(r'"decision_id":"([^"]+)"', printed)
     [traced] = re.findall(r'"authz.decision_id","type":"string","value":"([^"]+)"', printed)
     assert traced == denied
     assert node.running["tickets"].log("tickets") == "get_ticket 4711: done\n"
+    assert node.network.from_outside(lambda: asyncio.run(tools())) == ["get_ticket"]
     assert_bare(node.cluster)
 
 
@@ -157,3 +166,9 @@ def test_each_stand_in_stands_for_something() -> None:
 
 def test_what_is_shown_after_a_command_is_looked_at() -> None:
     assert sum(shown is not None for _, shown in steps()) == [k for k, _ in BLOCKS].count("text")
+
+
+def test_its_jaeger_is_the_one_that_is_tested_with() -> None:
+    pinned = re.findall(r"^VERSION=(\S+)$", (ROOT / ".ci/install-jaeger").read_text(), re.MULTILINE)
+    example = (ROOT / "k8s/examples/jaeger.yaml").read_text("utf-8")
+    assert re.findall(r"image: \S+/jaeger:(\S+)", example) == pinned

@@ -178,7 +178,7 @@ def builds(newcomer: Newcomer, command: str) -> None:
 
 
 def injects(newcomer: Newcomer, command: str) -> None:
-    deployment = ROOT / "k8s" / "examples" / "before.yaml"
+    deployment = ROOT / "k8s" / "examples" / "front" / "before.yaml"
     command = command.partition(" >")[0].replace("deployment.yaml", str(deployment))
     done = newcomer.run(newcomer.sidecar(command))
     assert done.returncode == 0, done.stderr
