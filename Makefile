@@ -11,11 +11,12 @@ export PYTHON
 export STEPS := 3
 test: export STEPS := 8
 test-cluster: export STEPS := 7
+test-kubelet: export STEPS := 6
 
 # The path of the OPA to use, installed if need be, as MCP_SIDECAR_OPA_BIN of the commands that follow.
 WITH_OPA = MCP_SIDECAR_OPA_BIN=$$(STEP="[3/$$STEPS]" .ci/install-opa) && export MCP_SIDECAR_OPA_BIN &&
 
-.PHONY: help setup demo jaeger check lint types layers policy unit test test-cluster fuzz bench fmt clean moved
+.PHONY: help setup demo jaeger check lint types layers policy unit test test-cluster test-kubelet fuzz bench fmt clean moved
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,13 +51,13 @@ policy: $(READY) ## … opa fmt, check, test and coverage
 unit: $(READY) ## … the tests that do no I/O
 	@$(PY) -m pytest tests/unit --quiet $(ARGS)
 
-test: $(READY) ## sets everything up, then runs every test but those of test-cluster, and says what ran
+test: $(READY) ## sets everything up, then runs every test but those of test-cluster and test-kubelet, and says what ran
 	@STEP="[4/$$STEPS]" .ci/install-node-parts >/dev/null || :
 	@STEP="[5/$$STEPS]" .ci/install-jaeger >/dev/null || :
 	@STEP="[6/$$STEPS]" .ci/install-prometheus >/dev/null || :
 	@STEP="[7/$$STEPS]" .ci/install-collector >/dev/null || :
 	@STEP="[8/$$STEPS]" .ci/install-nft >/dev/null || :
-	@$(WITH_OPA) exec $(PY) -m pytest --ignore=tests/cluster $(ARGS)
+	@$(WITH_OPA) exec $(PY) -m pytest --ignore=tests/cluster --ignore=tests/kubelet $(ARGS)
 
 test-cluster: $(READY) ## sets everything up, then runs the injector's tests on a real API server (built once: about 15 minutes)
 	@STEP="[4/$$STEPS]" .ci/install-cluster >/dev/null || :
@@ -64,6 +65,12 @@ test-cluster: $(READY) ## sets everything up, then runs the injector's tests on 
 	@STEP="[6/$$STEPS]" .ci/install-jaeger >/dev/null || :
 	@STEP="[7/$$STEPS]" .ci/install-nft >/dev/null || :
 	@$(WITH_OPA) exec $(PY) -m pytest tests/cluster $(ARGS)
+
+test-kubelet: $(READY) ## sets everything up, then runs injected pods on a real node: kubelet and containerd (as root, on Linux)
+	@STEP="[4/$$STEPS]" .ci/install-cluster >/dev/null || :
+	@STEP="[5/$$STEPS]" .ci/install-containerd >/dev/null || :
+	@STEP="[6/$$STEPS]" .ci/install-nft >/dev/null || :
+	@$(WITH_OPA) exec $(PY) -m pytest tests/kubelet $(ARGS)
 
 SECONDS := 600
 fuzz: $(READY) ## searches longer for bytes that break the readers (SECONDS=600); what it learned stays in ~/.cache/mcp-opa-sidecar

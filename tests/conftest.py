@@ -86,6 +86,12 @@ def cluster_parts() -> Path:
 
 
 @pytest.fixture(scope="session")
+def containerd_parts() -> Path:
+    """The folder of a containerd, and of what it runs on a node."""
+    return require("containerd", _find("install-containerd"), "make test-kubelet")
+
+
+@pytest.fixture(scope="session")
 def nft_usr() -> Path:
     """The folder that has ``nft``, as a container's /usr."""
     return require("nft", _find("install-nft"), "make test")
@@ -222,6 +228,7 @@ def _real_parts() -> Iterator[str]:
     yield f"OpenTelemetry Collector at {_find('install-collector') or 'no place'}"
     yield f"Kubernetes control plane at {_find('install-cluster') or 'no place'}"
     yield f"Helm at {_find('install-helm') or 'no place'}"
+    yield f"containerd at {_find('install-containerd') or 'no place'}"
     node = shutil.which("node")
     if node is None:
         yield "Node: not here"

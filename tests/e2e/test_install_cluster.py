@@ -15,24 +15,29 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / ".ci" / "install-cluster"
 PARTS = ROOT / ".ci" / "cluster-parts" / "go.mod"
 VERSION = re.findall(r"^\tk8s\.io/kubernetes v([0-9.]+)\b", PARTS.read_text(), re.MULTILINE)[0]
-BUILT = "etcd", "kube-apiserver", "kube-controller-manager", "kubectl"
+BUILT = "etcd", "kube-apiserver", "kube-controller-manager", "kubectl", "kubelet"
 
 
 class Machine:
     def __init__(self, home: Path) -> None:
-        self.home, self.bin = home, home / "cache" / "bin"
+        self.home, self.bin, self.built = home, home / "cache" / "bin", home / "built"
 
     def has_go(self, version: str = VERSION, code: int = 0) -> None:
         """A Go that makes parts of this version."""
         made = self.home / "made"
         made.write_text(f"#!/bin/sh\necho Kubernetes v{version}\n")
         made.chmod(0o755)
-        names = " ".join(("server", *BUILT[1:]))
         go = self.home / "go"
         go.write_text(
             f"""#!/bin/sh
             while [ "$1" != -o ]; do shift; done
-            for name in {names}; do cp {made} "$2$name"; done
+            folder=$2
+            shift 2
+            for each; do
+                echo "$each" >>{self.built}
+                each=${{each%/v3}}
+                cp {made} "$folder${{each##*/}}"
+            done
             exit {code}
             """
         )
@@ -69,6 +74,18 @@ def test_it_is_built_once(machine: Machine) -> None:
     (machine.home / "go").unlink()
     for arguments in ((), ("--find",)):
         assert machine.run(*arguments).stdout == first.stdout
+
+
+def test_what_is_there_is_not_built_again(machine: Machine) -> None:
+    machine.has_go()
+    folder = Path(machine.run().stdout.strip())
+    machine.built.unlink()
+    (folder / "kubelet").unlink()
+    assert machine.run("--find").returncode == 1
+    assert machine.run().stdout == f"{folder}\n"
+    assert machine.built.read_text() == "k8s.io/kubernetes/cmd/kubelet\n"
+    assert (folder / "kubelet").exists()
+    assert machine.left == [folder.name]
 
 
 @pytest.mark.parametrize(
