@@ -13,12 +13,21 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.control_plane import Cluster, cluster
+from tests.cluster.control_plane import LOOPBACK, Cluster, cluster, free_port
 from tests.cluster.registered import Injector, create_namespace, injector
 from tests.kubelet.images import APP, SERVER, SIDECAR, images
 from tests.kubelet.node import NAME, Node, Unavailable, namespaces, running
+from tests.kubelet.reaching import connects
 from tests.pods import image as sidecar_image
-from tests.support.processes import ROOT, STARTER, environment, sidecar, wait_until
+from tests.support.processes import (
+    ROOT,
+    STARTER,
+    Process,
+    done,
+    environment,
+    sidecar,
+    wait_until,
+)  # fmt: skip
 
 Json = dict[str, Any]
 
@@ -78,7 +87,13 @@ class Rig:
         finally:
             self.cluster.kubectl("delete", "namespace", name, "--wait=false")
 
-    def deploy(self, namespace: str, template: Json) -> Json:
+    def create(self, namespace: str, template: Json, **metadata: Any) -> Pod:
+        """A pod of it, by itself."""
+        metadata |= {**template["metadata"], "name": "tickets", "namespace": namespace}
+        self.cluster.create({"apiVersion": "v1", "kind": "Pod", **template, "metadata": metadata})
+        return Pod(self, namespace, "tickets")
+
+    def deploy(self, namespace: str, template: Json) -> Pod:
         """A Deployment of it, by kubectl; its pod, as soon as there is one."""
         labels = {"app": "tickets"}
         metadata = {**template["metadata"], "labels": labels}
@@ -92,7 +107,8 @@ class Rig:
             },
         }
         self.cluster.kubectl("apply", "-f", "-", given=deployment)
-        return self.cluster.pods(namespace, "app=tickets")[0]
+        (found,) = self.cluster.pods(namespace, "app=tickets")
+        return Pod(self, namespace, found["metadata"]["name"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +132,16 @@ class Pod:
         conditions = self.get()["status"].get("conditions") or ()
         return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the API server knows it no more."""
+        return self.rig.cluster.run("get", "pod", self.name, "-n", self.namespace).returncode != 0
+
+    def done(self) -> list[str]:
+        """What its server has done."""
+        log = self.volume("data") / "log"
+        return done(log) if log.exists() else []
+
     def wait_ready(self) -> None:
         try:
             wait_until(lambda: self.ready, "the pod is ready", 60)
@@ -131,6 +157,18 @@ class Pod:
             for each in status.get(kind) or ()
         ]
         return next((each for each in found if each["name"] == container), {})
+
+    def ended(self, *containers: str) -> list[Json]:
+        """How they ended, once all of them have."""
+        states = [self.status(each).get("state", {}) for each in containers]
+        found = [each["terminated"] for each in states if "terminated" in each]
+        return found if len(found) == len(containers) else []
+
+    def failures(self, container: str) -> set[int]:
+        """With which codes it has ended lately."""
+        status = self.status(container)
+        states = [status.get(each, {}).get("terminated") for each in ("state", "lastState")]
+        return {each["exitCode"] for each in states if each}
 
     def log(self, container: str, *flags: str) -> str:
         """What it has written; nothing where it has not begun."""
@@ -148,6 +186,16 @@ class Pod:
         done = self.exec(container, "python3", "-c", program)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    @contextmanager
+    def forwarded(self, port: int) -> Iterator[int]:
+        """`kubectl port-forward`: the runtime dials the pod's loopback from the node."""
+        own, kubectl = free_port(), self.rig.cluster.parts / "kubectl"
+        config = f"--kubeconfig={self.rig.cluster.kubeconfig}"
+        words = ("port-forward", f"pod/{self.name}", f"--namespace={self.namespace}")
+        with Process([kubectl, config, *words, f"{own}:{port}"]):
+            wait_until(lambda: connects(LOOPBACK, own), "the port is forwarded")
+            yield own
 
     def volume(self, name: str) -> Path:
         """An `emptyDir` of it."""

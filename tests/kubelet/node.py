@@ -135,12 +135,15 @@ def _held(holder: subprocess.Popen[bytes]) -> int:
 
 
 def _end(holder: subprocess.Popen[bytes]) -> None:
-    """The first process takes all others along."""
+    """The first process takes all others along, and is waited for by the one that made it."""
     with suppress(psutil.NoSuchProcess):
         for each in psutil.Process(holder.pid).children():
             each.kill()
-    holder.kill()
-    holder.communicate(timeout=30)
+    try:
+        holder.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        holder.kill()
+        holder.communicate()
 
 
 @contextmanager
