@@ -17,7 +17,7 @@ from sidecar.injector.injection import ADMIN_PORT, OPA_PORT
 from tests.cluster.registered import ENABLED
 from tests.kubelet.conftest import RESTRICTED, Pod, Rig, server
 from tests.kubelet.reaching import PORT, asked, call, tools
-from tests.pods.test_front import WRITES
+from tests.pods.asking import WRITES
 from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.timeout(180)  # a pod starts in seconds, on a busy machine in more
