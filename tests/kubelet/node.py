@@ -26,7 +26,7 @@ from tests.support.processes import Process, alive, wait_until
 NAME = "localhost"
 """The API server asks a node by its name first."""
 ADDRESS = "192.0.2.1"
-PODS = "198.51.100.0/24"
+PODS = "203.0.113.0/24"
 PAUSE = "localhost/pause:1"
 SOCKET = "/run/containerd/containerd.sock"
 CGROUPS = Path("/sys/fs/cgroup")

@@ -58,3 +58,13 @@ def connects(host: str, port: int) -> bool:
     with suppress(OSError), socket.create_connection((host, port), timeout=2):
         return True
     return False
+
+
+def got(host: str, port: int, path: str) -> bytes:
+    """What is answered: all of it."""
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()

@@ -16,7 +16,7 @@ from tests.kubelet.node import CGROUPS, SYSCTLS, namespaces
 from tests.kubelet.reaching import PORT, asked
 from tests.support.processes import wait_until
 
-ELSEWHERE = "203.0.113.1"
+ELSEWHERE = "198.51.100.1"
 NETWORK = Path("/proc/thread-self/ns/net")
 
 

@@ -12,7 +12,7 @@ from tests.cluster.registered import ENABLED
 from tests.kubelet.conftest import Json, Pod, Rig, server
 from tests.kubelet.images import SIDECAR
 from tests.kubelet.reaching import PORT, asked, call, tools
-from tests.pods.test_redirect import BECOMING, BROKEN, HARMLESS, healthz
+from tests.pods.test_redirect import BECOMING, BROKEN, CLOSED, HARMLESS, PROTOCOLS, healthz
 from tests.support.pods import annotated
 from tests.support.processes import wait_until
 
@@ -58,14 +58,16 @@ def test_outside_gets_the_sidecar(pod: Pod) -> None:
 
 @pytest.mark.parametrize("name", ["app", "neighbour", "root"])
 def test_nobody_in_the_pod_reaches_the_server(pod: Pod, name: str) -> None:
-    for host in ("127.0.0.1", pod.ip, "0.0.0.0"):
-        for protocol in (0, 262):  # TCP, and TCP by several paths
-            assert pod.python(name, healthz(host, PORT, protocol)) == "404"
+    for host in ("127.0.0.1", pod.ip, "0.0.0.0", "::ffff:127.0.0.1", "::1"):
+        for protocol in PROTOCOLS.values():
+            expected = "closed" if host in CLOSED else "404"
+            assert pod.python(name, healthz(host, protocol)) == expected
 
 
 def test_the_sidecar_reaches_it(pod: Pod) -> None:
     """Else the tests around this one would find nothing that can be reached."""
-    assert pod.python("mcp-sidecar", healthz("127.0.0.1", PORT)) == "200"
+    for host in ("127.0.0.1", pod.ip, "::1"):
+        assert pod.python("mcp-sidecar", healthz(host)) == "200"
 
 
 def test_port_forward_gets_the_sidecar(pod: Pod) -> None:
@@ -84,7 +86,7 @@ def test_the_rules_can_not_be_undone(pod: Pod, name: str) -> None:
         undone = pod.exec(name, "nft", line)
         assert undone.returncode != 0
         assert "Operation not permitted" in undone.stderr
-    assert pod.python(name, healthz("127.0.0.1", PORT)) == "404"
+    assert pod.python(name, healthz("127.0.0.1")) == "404"
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "ordered"])
