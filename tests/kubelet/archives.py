@@ -22,8 +22,8 @@ from typing import Any
 Files = Mapping[str, Path]
 """Files of this machine, by where they are in the image."""
 
-TOOLS = "cat", "env", "id", "sh", "sleep", "touch"
-LEFT_OUT = {"__phello__", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tkinter"}
+TOOLS = "bin/cat", "bin/env", "bin/id", "bin/sh", "bin/sleep", "bin/touch", "sbin/nft"
+LEFT_OUT = {"dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tkinter"}
 LINKS = {each: f"usr/{each}" for each in ("bin", "sbin", "lib", "lib64")}
 
 
@@ -54,13 +54,16 @@ def python() -> dict[str, Path]:
         found[str(program.parent / name)] = program
     found["/usr/bin/python3"] = program
     for name in TOOLS:
-        found[f"/usr/bin/{name}"] = (Path("/usr/bin") / name).resolve()
+        if (Path("/usr") / name).exists():  # else nft comes with the image
+            found[f"/usr/{name}"] = (Path("/usr") / name).resolve()
     return found
 
 
 def libraries(programs: Iterable[Path]) -> Iterator[tuple[str, Path]]:
     """What programs and modules need of this machine to be loaded, where they look for it."""
-    asked = [each for each in programs if ".so" in each.suffixes or each.parent.name == "bin"]
+    asked = [
+        each for each in programs if ".so" in each.suffixes or each.parent.name in {"bin", "sbin"}
+    ]
     told = subprocess.run(["ldd", *asked], capture_output=True, text=True, check=False, timeout=60)
     needed = set(re.findall(r"^\t(?:\S+ => )?(/\S+) \(", told.stdout, re.MULTILINE))
     for path in needed - {str(each) for each in asked}:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ class Rig:
         try:
             yield name
         finally:
-            self.cluster.kubectl("delete", "namespace", name, "--wait=false")
+            self.cluster.run("delete", "namespace", name, "--wait=false")
 
     def create(self, namespace: str, template: Json, **metadata: Any) -> Pod:
         """A pod of it, by itself."""
@@ -252,13 +253,14 @@ def rig(
     folder = tmp_path_factory.mktemp("node")
     for each in ("images", "node", "cluster", "injector"):
         (folder / each).mkdir()
-    image = sidecar_image.image(folder / "image", opa_bin.resolve(), {"nftables": nft_usr})
-    archive = images(folder / "images", image, containerd_parts / "bin" / "catatonit")
     with ExitStack() as stack:
+        stack.callback(rmtree, folder)  # of gigabytes, of which pytest would keep three
         try:
             node = stack.enter_context(namespaces(containerd_parts, folder / "node"))
         except (Unavailable, OSError) as error:
             pytest.skip(f"missing: namespaces and cgroups (run as root): {error}")
+        image = sidecar_image.image(folder / "image", opa_bin.resolve(), {"nftables": nft_usr})
+        archive = images(folder / "images", image, containerd_parts / "bin" / "catatonit")
         made = stack.enter_context(cluster(cluster_parts, folder / "cluster"))
         stack.enter_context(running(node, made, archive))
         webhook = stack.enter_context(injector(made, folder / "injector"))

@@ -257,7 +257,7 @@ runtime_type = "io.containerd.runc.v2"
 
 
 def _kubelet(node: Node) -> Path:
-    """Its configuration. Nobody but the rig is in the network where it listens."""
+    """Its configuration. Nobody but the rig, and what runs on it, reaches where it listens."""
     names = node.folder / "resolv.conf"
     names.touch()
     file = node.folder / "kubelet.json"
