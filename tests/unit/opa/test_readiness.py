@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from sidecar.config import Opa
 from sidecar.errors import DecisionInvalid, DecisionUnavailable
 from sidecar.opa.expected import Expected, Stamp
-from sidecar.opa.readiness import Readiness, question
+from sidecar.opa.readiness import UNMARKED, Readiness, question
 from sidecar.policy.decision import Decision
 from tests.support.opa import eventually
 
@@ -147,12 +148,13 @@ async def test_a_policy_is_as_old_as_its_revision_has_been_seen() -> None:
 async def test_where_nothing_says_that_nothing_has_changed_a_change_is_told_now_and_then(
     watermark: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecar.opa.readiness.UNMARKED", 0.02)
     opa, changes = Scripted(Decision(True, revision="r1", watermark=watermark)), list[Any]()
+    clock = SimpleNamespace(monotonic=lambda: float(opa.asked))
+    monkeypatch.setattr("sidecar.opa.readiness.time", clock)  # a second goes by with each question
     async with asking(opa, on_change=lambda *change: changes.append(change)):
-        await eventually(lambda: opa.asked > 20, within=2)
-    assert bool(changes) is (watermark is None)
-    assert len(changes) <= 10
+        await eventually(lambda: opa.asked > 20, within=5)
+    every = opa.asked / UNMARKED if watermark is None else 0
+    assert abs(len(changes) - every) <= 1
 
 
 async def test_a_listener_that_fails_costs_nothing_but_a_log_line(
