@@ -18,7 +18,6 @@ from tests.cluster.control_plane import LOOPBACK, Cluster, cluster, free_port
 from tests.cluster.registered import Injector, create_namespace, injector
 from tests.kubelet.images import APP, SERVER, SIDECAR, images
 from tests.kubelet.node import NAME, Node, Unavailable, namespaces, running
-from tests.kubelet.reaching import connects
 from tests.pods import image as sidecar_image
 from tests.support.processes import (
     ROOT,
@@ -29,6 +28,7 @@ from tests.support.processes import (
     sidecar,
     wait_until,
 )  # fmt: skip
+from tests.support.reaching import connects
 
 Json = dict[str, Any]
 

@@ -15,11 +15,11 @@ from sidecar.injector.injection import ADMIN_PORT
 from tests.cluster.registered import ENABLED
 from tests.kubelet.conftest import RESTRICTED, Pod, Rig, server
 from tests.kubelet.node import ADDRESS
-from tests.kubelet.reaching import call, got
 from tests.pods.bundles import ALGORITHM, Maker, Server
 from tests.pods.network import Network
 from tests.support.certificates import Authority
 from tests.support.processes import STARTER, wait_until
+from tests.support.reaching import call, got
 
 pytestmark = pytest.mark.timeout(180)
 

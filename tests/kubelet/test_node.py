@@ -13,8 +13,8 @@ import pytest
 
 from tests.kubelet.conftest import Pod, Rig, server
 from tests.kubelet.node import CGROUPS, SYSCTLS, namespaces
-from tests.kubelet.reaching import PORT, asked
 from tests.support.processes import wait_until
+from tests.support.reaching import PORT, asked
 
 ELSEWHERE = "198.51.100.1"
 NETWORK = Path("/proc/thread-self/ns/net")

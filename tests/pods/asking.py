@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
-import socket
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import httpx2
-from mcp import MCPError
 
 from sidecar.injector.injection import ADMIN_PORT
 from tests.pods.network import POD_IP
 from tests.pods.runner import Pod
-from tests.support.client import LEGACY, over_http
+from tests.support import reaching
+from tests.support.processes import done
+from tests.support.reaching import PORT
 
-PORT = 8080
 URL = f"http://{POD_IP}:{PORT}/mcp"
 
 
@@ -27,52 +21,21 @@ def log(pod: Pod) -> Path:
     return pod.volumes["data"] / "log"
 
 
-def call(
-    pod: Pod,
-    name: str,
-    *,
-    url: str = URL,
-    headers: Mapping[str, str] | None = None,
-    **arguments: Any,
-) -> int:
+def call(pod: Pod, name: str, *, host: str = POD_IP, **more: Any) -> int:
     """0, or the code of the error, by the official client from outside."""
-    codes: list[int] = []
-
-    async def once() -> None:
-        async with over_http(url, LEGACY, headers=headers) as client:
-            try:
-                await client.list_tools()  # else it asks for them after the call
-                await client.call_tool(name, arguments)
-                codes.append(0)
-            except MCPError as error:
-                codes.append(error.code)
-
-    try:
-        with suppress(httpx2.ConnectError):  # a session that can't be closed: the pod has ended
-            pod.network.from_outside(lambda: asyncio.run(once()))
-    except MCPError as error:  # who is revoked gets no session
-        return error.code
-    return codes[0]
-
-
-def connects(host: str, port: int) -> bool:
-    with suppress(OSError), socket.create_connection((host, port), timeout=2):
-        return True
-    return False
+    return pod.network.from_outside(lambda: reaching.call(host, name, **more))
 
 
 def asked(pod: Pod, method: str, port: int, path: str, body: str = "") -> int:
     """What a port of the pod answers to somebody outside: the status."""
+    return pod.network.from_outside(lambda: reaching.asked(POD_IP, method, port, path, body))
 
-    def ask() -> int:
-        connection = http.client.HTTPConnection(POD_IP, port, timeout=5)
-        try:
-            connection.request(method, path, body, {"Content-Type": "application/json"})
-            return connection.getresponse().status
-        finally:
-            connection.close()
 
-    return pod.network.from_outside(ask)
+def follow_the_starter(pod: Pod) -> None:
+    """Somebody outside gets what the starter policy grants, and the server sees nothing else."""
+    before = len(done(log(pod)))
+    pod.network.from_outside(lambda: reaching.follow_the_starter(POD_IP))
+    assert done(log(pod))[before:] == ["get_ticket"]
 
 
 def readyz(pod: Pod) -> Any:
@@ -97,9 +60,9 @@ def python(pod: Pod, container: str, program: str) -> str:
     """What a program prints that runs in a container, as that container's user."""
     found = pod[container].container
     assert found is not None
-    done = found.exec(["/usr/bin/env", "python3", "-c", program], 30)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode().strip()
+    ran = found.exec(["/usr/bin/env", "python3", "-c", program], 30)
+    assert ran.returncode == 0, ran.stderr.decode()
+    return ran.stdout.decode().strip()
 
 
 WRITES = [

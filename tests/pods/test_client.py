@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from sidecar.injector.injection import SIDECAR_PORT
-from tests.pods.asking import connects, python
+from tests.pods.asking import python
 from tests.pods.conftest import SERVER, Json, Rig
 from tests.pods.network import OUTSIDE_IP, POD_IP
 from tests.pods.runner import Pod
 from tests.support.pods import annotated
 from tests.support.processes import Process, done, environment, wait_until
+from tests.support.reaching import connects
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -21,13 +21,12 @@ from mcp import MCPError
 
 from sidecar.injector.injection import ADMIN_PORT, OPA_PORT
 from tests.pods.asking import (
-    PORT,
     URL,
     WRITES,
     asked,
     by_socket,
     call,
-    connects,
+    follow_the_starter,
     log,
     python,
     readyz,
@@ -35,8 +34,9 @@ from tests.pods.asking import (
 from tests.pods.conftest import Rig, server_pod
 from tests.pods.network import OUTSIDE_IP, POD_IP, POD_IP6, within
 from tests.pods.runner import Pod
-from tests.support.client import LEGACY, over_http, tools_of
+from tests.support.client import LEGACY, over_http
 from tests.support.processes import done, wait_until
+from tests.support.reaching import PORT, connects
 
 pytestmark = pytest.mark.timeout(180)  # a pod starts in seconds, on a busy machine in more
 
@@ -55,18 +55,7 @@ def pod(request: pytest.FixtureRequest, rig: Rig, starter: Mapping[str, str]) ->
 
 
 def test_clients_get_what_the_policy_allows(pod: Pod) -> None:
-    async def tools() -> list[str]:
-        async with over_http(URL, LEGACY) as client:
-            return await tools_of(client)
-
-    listed = pod.network.from_outside(lambda: asyncio.run(tools()))
-    assert listed == ["search_tickets", "get_ticket", "create_ticket", "refund_ticket"]
-    before = len(done(log(pod)))
-    assert call(pod, "get_ticket", id=4711) == 0
-    assert call(pod, "delete_ticket", id=4711) == -31403
-    assert call(pod, "export_all") == -31403
-    assert call(pod, "refund_ticket", id=4711, amount=101) == -31403
-    assert done(log(pod))[before:] == ["get_ticket"]
+    follow_the_starter(pod)
 
 
 # ── Every path that `front` closes ────────────────────────────────────────────────────────────────
@@ -482,10 +471,8 @@ def test_each_address_of_the_pod_is_the_sidecars(
     with rig.running(server_pod(), starter, native=native, addresses=addresses) as pod:
         pod.wait_ready()
         for each in addresses:
-            host = f"[{each}]" if ":" in each else each
-            url = f"http://{host}:{PORT}/mcp"
-            assert call(pod, "get_ticket", url=url, id=4711) == 0
-            assert call(pod, "delete_ticket", url=url, id=4711) == -31403
+            assert call(pod, "get_ticket", host=each, id=4711) == 0
+            assert call(pod, "delete_ticket", host=each, id=4711) == -31403
             for port in (ADMIN_PORT, OPA_PORT):
                 assert pod.network.from_outside(partial(connects, each, port))
         assert "delete_ticket" not in done(log(pod))

@@ -19,7 +19,7 @@ import yaml
 from sidecar.injector.bundles import Bundle, Revocation
 from sidecar.injector.injection import OPA_PORT
 from sidecar.injector.opa import PERSISTED, POLICY
-from tests.pods.asking import WRITES, admin, asked, by_socket, call, connects, log, python, readyz
+from tests.pods.asking import WRITES, admin, asked, by_socket, call, log, python, readyz
 from tests.pods.bundles import ALGORITHM, Maker, Server
 from tests.pods.conftest import Rig, server_pod
 from tests.pods.network import OUTSIDE_IP, POD_IP
@@ -27,6 +27,7 @@ from tests.pods.runner import Pod
 from tests.pods.volumes import token_for
 from tests.support.certificates import Authority
 from tests.support.processes import done, wait_until
+from tests.support.reaching import connects
 
 pytestmark = pytest.mark.timeout(180)
 

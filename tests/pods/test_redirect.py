@@ -17,13 +17,14 @@ import pytest
 from mcp import MCPError
 
 from sidecar.injector.injection import SIDECAR_PORT
-from tests.pods.asking import PORT, URL, asked, call, log, python
+from tests.pods.asking import asked, call, follow_the_starter, log, python
 from tests.pods.conftest import Json, Rig, server_pod
 from tests.pods.network import POD_IP, POD_IP6, Network, within
 from tests.pods.runner import Pod
-from tests.support.client import LEGACY, over_http, tools_of
+from tests.support.client import LEGACY, over_http
 from tests.support.pods import annotated, container
 from tests.support.processes import done, sidecar, wait_until
+from tests.support.reaching import PORT
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -59,16 +60,7 @@ def pod(request: pytest.FixtureRequest, rig: Rig, starter: Mapping[str, str]) ->
 
 
 def test_clients_get_what_the_policy_allows(pod: Pod) -> None:
-    async def tools() -> list[str]:
-        async with over_http(URL, LEGACY) as client:
-            return await tools_of(client)
-
-    listed = pod.network.from_outside(lambda: asyncio.run(tools()))
-    assert listed == ["search_tickets", "get_ticket", "create_ticket", "refund_ticket"]
-    before = len(done(log(pod)))
-    assert call(pod, "get_ticket", id=4711) == 0
-    assert call(pod, "export_all") == -31403
-    assert done(log(pod))[before:] == ["get_ticket"]
+    follow_the_starter(pod)
 
 
 # ── Every way to the server but the sidecar's ─────────────────────────────────────────────────────
@@ -113,9 +105,8 @@ def test_the_sidecar_reaches_it(pod: Pod) -> None:
 def test_outside_gets_the_sidecar(pod: Pod) -> None:
     assert asked(pod, "GET", PORT, "/healthz") == 404
     assert asked(pod, "GET", SIDECAR_PORT, "/healthz") == 404
-    url = f"http://[{POD_IP6}]:{PORT}/mcp"
-    assert call(pod, "get_ticket", url=url, id=4711) == 0
-    assert call(pod, "export_all", url=url) == -31403
+    assert call(pod, "get_ticket", host=POD_IP6, id=4711) == 0
+    assert call(pod, "export_all", host=POD_IP6) == -31403
 
 
 def test_port_forward_gets_the_sidecar(pod: Pod) -> None:

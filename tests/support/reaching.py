@@ -1,10 +1,11 @@
-"""What others get who reach for a pod by its address: clients on the node."""
+"""What others get who reach for a pod by its address."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,12 +17,12 @@ from tests.support.client import LEGACY, over_http, tools_of
 PORT = 8080
 
 
-def call(host: str, name: str, **arguments: Any) -> int:
+def call(host: str, name: str, headers: Mapping[str, str] | None = None, **arguments: Any) -> int:
     """0, or the code of the error, by the official client."""
     codes: list[int] = []
 
     async def once() -> None:
-        async with over_http(f"http://{host}:{PORT}/mcp", LEGACY) as client:
+        async with over_http(_url(host), LEGACY, headers=headers) as client:
             try:
                 await client.list_tools()  # else it asks for them after the call
                 await client.call_tool(name, arguments)
@@ -29,8 +30,11 @@ def call(host: str, name: str, **arguments: Any) -> int:
             except MCPError as error:
                 codes.append(error.code)
 
-    with suppress(httpx2.ConnectError):  # a session that can not be closed: the pod has ended
-        asyncio.run(once())
+    try:
+        with suppress(httpx2.ConnectError):  # a session that can't be closed: the pod has ended
+            asyncio.run(once())
+    except MCPError as error:  # who is revoked gets no session
+        return error.code
     return codes[0]
 
 
@@ -38,10 +42,23 @@ def tools(host: str) -> list[str]:
     """What is listed."""
 
     async def once() -> list[str]:
-        async with over_http(f"http://{host}:{PORT}/mcp", LEGACY) as client:
+        async with over_http(_url(host), LEGACY) as client:
             return await tools_of(client)
 
     return asyncio.run(once())
+
+
+def follow_the_starter(host: str) -> None:
+    """Whoever is taken for ana gets what the starter policy grants her, and nothing else."""
+    assert tools(host) == ["search_tickets", "get_ticket", "create_ticket", "refund_ticket"]
+    assert call(host, "get_ticket", id=4711) == 0
+    assert call(host, "delete_ticket", id=4711) == -31403
+    assert call(host, "export_all") == -31403
+    assert call(host, "refund_ticket", id=4711, amount=101) == -31403
+
+
+def _url(host: str) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{PORT}/mcp"
 
 
 def asked(host: str, method: str, port: int, path: str, body: str = "") -> int:
