@@ -214,7 +214,7 @@ async def test_one_who_waits_too_long_for_a_turn_is_told_to_come_back() -> None:
     there.open.clear()
     codes = await asyncio.gather(*(there.code(token(each)) for each in range(3)))
     assert codes == ["review_unavailable"] * 3
-    assert len(there.asked) == 1
+    assert there.most == 1
     there.open.set()
     await there.take(token(0))
 
