@@ -85,6 +85,13 @@ def _shared(spec: Json, wish: Wish, injection: Injection) -> Iterator[str]:
             yield f"container {container['name']} is put into {target}, among its processes"
 
 
+def _ending(spec: Json, wish: Wish, injection: Injection) -> Iterator[str]:
+    """A kubelet waits for ordered containers, and ours do not end by themselves."""
+    policy = spec.get("restartPolicy", "Always")
+    if policy != "Always" and not injection.native:
+        yield f"with restartPolicy {policy} the pod is to end, which takes native sidecars"
+
+
 def lasting(spec: Json) -> Iterator[Json]:
     """Those that run beside the server."""
     yield from spec["containers"]
@@ -94,4 +101,4 @@ def lasting(spec: Json) -> Iterator[Json]:
             yield each
 
 
-CHECKS: tuple[Check, ...] = (_names, _volumes, _ports, _uids, _shared)
+CHECKS: tuple[Check, ...] = (_names, _volumes, _ports, _uids, _shared, _ending)

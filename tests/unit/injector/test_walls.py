@@ -98,6 +98,16 @@ def test_accepted(found: Json) -> None:
     assert plan(found, ENABLED, NATIVE) != found
 
 
+@pytest.mark.parametrize("policy", ["Never", "OnFailure"])
+def test_a_pod_that_is_to_end_needs_native_sidecars(policy: str) -> None:
+    found = pod(restartPolicy=policy)
+    assert plan(found, ENABLED, Injection()) != found
+    with pytest.raises(InjectionRefused, match="takes native sidecars"):
+        plan(found, ENABLED, Injection(native=False))
+    again = pod(restartPolicy="Always")
+    assert plan(again, ENABLED, Injection(native=False)) != again
+
+
 def test_every_reason_is_told_at_once() -> None:
     with pytest.raises(InjectionRefused) as refused:
         plan(pod({"volumeMounts": MOUNT}, hostNetwork=True, hostPID=True), ENABLED, NATIVE)
