@@ -22,6 +22,9 @@ PODINFO = VOLUMES + "podinfo"
 AMOUNTS = "limits", "requests"
 PROBES = "POD_APP_PROBES"
 
+RESOURCE = "k8s.namespace.name=$(POD_NAMESPACE),k8s.pod.name=$(POD_NAME)"
+"""By what spans and metrics say which pod they are of (OpenTelemetry, Kubernetes resources)."""
+
 GRACE = 30
 """Seconds that a pod has for its end, where it does not say how many."""
 
@@ -122,7 +125,10 @@ def _environment(questions: Json) -> list[Json]:
     found: list[Json] = [
         {"name": name, "valueFrom": {"fieldRef": field(path)}} for name, path in fields.items()
     ]
-    found.append({"name": "MCP_SIDECAR_POD__LABELS_FILE", "value": "/etc/podinfo/labels"})
+    found += [
+        {"name": "MCP_SIDECAR_POD__LABELS_FILE", "value": "/etc/podinfo/labels"},
+        {"name": "OTEL_RESOURCE_ATTRIBUTES", "value": RESOURCE},
+    ]
     if questions:
         found.append({"name": PROBES, "value": json.dumps(questions, separators=(",", ":"))})
     return found

@@ -144,6 +144,16 @@ def test_ordered_containers_have_a_gate_and_native_ones_are_native(injection: In
     assert all(("lifecycle" in each) is not injection.native for each in ours)
 
 
+def test_what_it_exports_is_known_for_the_pod_s() -> None:
+    env = container(plan(pod(), ENABLED, NATIVE), "mcp-sidecar")["env"]
+    names = [each["name"] for each in env]
+    [said] = [each["value"] for each in env if each["name"] == "OTEL_RESOURCE_ATTRIBUTES"]
+    assert said == "k8s.namespace.name=$(POD_NAMESPACE),k8s.pod.name=$(POD_NAME)"
+    # Only what stands before it is put in.
+    for name in ("POD_NAMESPACE", "POD_NAME"):
+        assert names.index(name) < names.index("OTEL_RESOURCE_ATTRIBUTES")
+
+
 LABEL = "mcp-opa-sidecar.io/inject"
 
 
