@@ -132,9 +132,9 @@ def _from_environ(environ: Mapping[str, str], variables: Mapping[str, str]) -> _
 
 def _from_flags(flags: Mapping[str, Any]) -> _Said:
     for flag, path in FLAGS.items():
-        if value := flags.get(flag):
-            text = " ".join(value) if isinstance(value, list) else str(value)
-            yield f"--{flag}", path, "all" if value is True else text
+        value = flags.get(flag)
+        if said := " ".join(value) if isinstance(value, list) else value:
+            yield f"--{flag}", path, "all" if said is True else str(said)
 
 
 def _strangers(environ: Mapping[str, str], problems: Problems) -> None:

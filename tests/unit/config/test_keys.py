@@ -124,6 +124,11 @@ def test_servers_on_the_command_line_are_each_below_their_name(
         assert [(each.name, each.path, each.url) for each in found] == expected
 
 
+def test_a_server_that_is_empty_is_none() -> None:
+    settings = with_policy({"upstreams": [{"url": "http://a/mcp"}]}, mode="check", upstream=[""])
+    assert [each.url for each in settings.upstreams] == ["http://a/mcp"]
+
+
 @pytest.mark.parametrize("said", ["T=http://a/mcp", "t=ftp://a/mcp", "t=", "t=http://a/mcp b"])
 def test_what_is_no_server_is_said(said: str) -> None:
     with pytest.raises(ConfigError, match="--upstream: must be http"):
