@@ -14,6 +14,10 @@ def _nothing(wish: Wish, injection: Injection) -> list[Json]:
     return []
 
 
+def _unchanged(wish: Wish) -> Mapping[str, str]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """What a container's command is given to."""
@@ -38,7 +42,7 @@ class Mode:
     arguments: Callable[[Wish, Injection], list[str]]
     """Of `mcp-sidecar http`: where it listens, and what is behind it."""
 
-    told: Callable[[Wish], Mapping[str, str]]
+    told: Callable[[Wish], Mapping[str, str]] = _unchanged
     """Variables of the wished container, in the place of what it has by these names."""
 
     checks: tuple[Check, ...] = ()

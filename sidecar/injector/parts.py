@@ -1,4 +1,7 @@
-"""What every container of ours has alike. Each satisfies the "restricted" Pod Security Standard."""
+"""What our containers have alike.
+
+Each satisfies the "restricted" Pod Security Standard, but for that of `redirect` which makes rules.
+"""
 
 from __future__ import annotations
 

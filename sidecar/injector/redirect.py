@@ -38,10 +38,6 @@ def _arguments(wish: Wish, injection: Injection) -> list[str]:
     ]
 
 
-def _told(wish: Wish) -> Mapping[str, str]:
-    return {}
-
-
 def _first(wish: Wish, injection: Injection) -> list[Json]:
     return [
         {
@@ -98,7 +94,6 @@ REDIRECT = Mode(
     annotations=frozenset({"port", "container", "path"}),
     wish=_wish,
     arguments=_arguments,
-    told=_told,
     checks=(_harmless,),
     first=_first,
 )

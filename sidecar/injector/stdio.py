@@ -95,10 +95,6 @@ def _arguments(wish: Wish, injection: Injection) -> list[str]:
     return [f"--listen=[$(POD_IPS)]:{wish.port}", f"--upstream=unix-stdio://{_socket(wish)}"]
 
 
-def _told(wish: Wish) -> Mapping[str, str]:
-    return {}
-
-
 def _wraps(wish: Wish, injection: Injection) -> Program:
     options = [f"--socket={_socket(wish)}", f"--peer={injection.sidecar_id}", "--"]
     mounts: list[Json] = [
@@ -155,7 +151,6 @@ MODE_STDIO = Mode(
     annotations=frozenset({"port", "container", "stdio-command"}),
     wish=_wish,
     arguments=_arguments,
-    told=_told,
     checks=(_unasked, _apart),
     first=_first,
     guarded=False,
